@@ -1,0 +1,66 @@
+"""What an attention backend is, and which one an engine uses.
+
+A backend decides how the cache is laid out in memory, so it allocates it; everyone else sees the
+logical shape `[blocks, block size, KV heads, head size]`.
+
+vLLM: `vllm/v1/attention/backend.py`, `vllm/v1/attention/selector.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from course_lib.attention.metadata import AttentionMetadata
+
+KVCache = tuple[torch.Tensor, torch.Tensor]  # keys and values, each [NB, BS, Hkv, D]
+
+
+class AttentionBackend(Protocol):
+    """Writes new keys and values into the paged cache, then attends over it."""
+
+    def allocate_cache(self, num_layers: int, num_blocks: int) -> list[KVCache]:
+        """One zeroed (keys, values) pair per layer."""
+        ...
+
+    def plan(self, metadata: AttentionMetadata) -> object:
+        """Whatever can be prepared once per step instead of once per layer."""
+        ...
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: KVCache,
+        metadata: AttentionMetadata,
+        scale: float,
+        sliding_window: int | None,
+    ) -> torch.Tensor:
+        """query [T, H, D], key and value [T, Hkv, D] -> [T, H, D]; causal, per request."""
+        ...
+
+
+def make_backend(
+    name: str, *, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> AttentionBackend:
+    """Build the backend called `name` ("torch" or "triton")."""
+    if name == "triton":
+        from course_lib.attention.triton_paged import TritonPagedBackend as Backend
+    else:
+        from course_lib.attention.torch_paged import TorchPagedBackend as Backend
+    return Backend(block_size, num_kv_heads, head_dim, dtype, device)
+
+
+def zeros_on_demand(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros whose memory pages are only taken when first written to (on a CPU).
+
+    `torch.zeros` writes every byte, so a laptop would pay for its whole cache at start-up;
+    `numpy.zeros` asks the operating system for pages that are zero until touched.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = int(np.prod(shape)) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(dtype).view(shape)

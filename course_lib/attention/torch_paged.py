@@ -1,0 +1,239 @@
+"""Paged attention in plain torch: the CPU's backend.
+
+Three things make it quick without a line of C++:
+* The cache is stored heads before offsets, `[blocks, Hkv, block size, D]`, so that one gather of
+  whole (block, head) rows yields contiguous keys per head, which batched matrix products want.
+* Requests with one new token are gathered and computed together, in groups of similar length that
+  fit the processor's cache: gathered bytes are then read back from there and not from memory.
+* Everything that depends only on the step (indices, masks, groups) is computed once, not per layer.
+
+The query heads that share a KV head ride along as extra query rows, so nothing is repeated for GQA.
+
+vLLM: `vllm/v1/attention/backends/cpu_attn.py` does the same job with C++ kernels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from course_lib.attention.backend import KVCache, zeros_on_demand
+from course_lib.attention.metadata import AttentionMetadata
+
+# Keys plus values gathered at a time, in bytes: about what stays in a core's share of the last-level cache.
+_GATHER_BYTES = 8 << 20
+
+
+@dataclass(slots=True)
+class DecodeGroup:
+    """B requests with one new token each and nearly equal lengths, padded to L positions."""
+
+    token_rows: torch.Tensor | slice  # [B] rows of the flat batch
+    cache_rows: torch.Tensor  # int64 [B * Hkv * blocks]: rows of the cache seen as [NB * Hkv, BS * D]
+    seq_lens: torch.Tensor  # int64 [B]
+    padded_len: int
+    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)  # by sliding window
+
+
+@dataclass(slots=True)
+class PrefillRequest:
+    """One request with several new tokens: rows `start:end` of the flat batch."""
+
+    start: int
+    end: int
+    seq_len: int
+    cache_rows: torch.Tensor | None  # int64 [Hkv * blocks]; None when nothing was computed before
+    masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class TorchPlan:
+    """Per-step preparation."""
+
+    write_rows: torch.Tensor  # int64 [T * Hkv]: rows of the cache seen as [NB * Hkv * BS, D]
+    decode: list[DecodeGroup]
+    prefill: list[PrefillRequest]
+
+
+class TorchPagedBackend:
+    """See the module. Built by `make_backend`."""
+
+    def __init__(
+        self, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.block_size = block_size
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.dtype = dtype
+        self.device = device
+        self._heads = torch.arange(num_kv_heads, device=device)
+        # Gathered keys and values; reused by every layer and step, grown when a group needs more.
+        self._scratch = torch.empty(2, 0, dtype=dtype, device=device)
+
+    def allocate_cache(self, num_layers: int, num_blocks: int) -> list[KVCache]:
+        """One (keys, values) pair per layer, logical shape [NB, BS, Hkv, D], stored heads first."""
+        shape = (num_layers, 2, num_blocks, self.num_kv_heads, self.block_size, self.head_dim)
+        storage = zeros_on_demand(shape, self.dtype, self.device)
+        return [(layer[0].transpose(1, 2), layer[1].transpose(1, 2)) for layer in storage]
+
+    # ---- once per step --------------------------------------------------------------------------
+
+    def plan(self, metadata: AttentionMetadata) -> TorchPlan:
+        """Sort the batch into decode groups and prefills, and compute all indices."""
+        slots = metadata.slot_mapping
+        block, offset = slots // self.block_size, slots % self.block_size
+        write_rows = (block[:, None] * self.num_kv_heads + self._heads) * self.block_size + offset[:, None]
+
+        starts = metadata.query_start_loc_host
+        query_lens = np.diff(starts)
+        seq_lens = metadata.seq_lens_host
+        decode_reqs = np.flatnonzero(query_lens == 1)
+        groups = [self._decode_group(metadata, reqs) for reqs in self._split_by_length(decode_reqs, seq_lens)]
+        prefills = []
+        for req in np.flatnonzero(query_lens > 1):
+            seq_len, query_len = int(seq_lens[req]), int(query_lens[req])
+            rows = None
+            if seq_len > query_len:
+                num_blocks = -(-seq_len // self.block_size)
+                rows = self._cache_rows(metadata.block_table[req : req + 1, :num_blocks])
+            prefills.append(PrefillRequest(int(starts[req]), int(starts[req + 1]), seq_len, rows))
+        return TorchPlan(write_rows.reshape(-1), groups, prefills)
+
+    def _split_by_length(self, reqs: np.ndarray, seq_lens: np.ndarray) -> list[np.ndarray]:
+        """Cut `reqs`, shortest first, wherever a group would outgrow the gather budget."""
+        order = reqs[np.argsort(seq_lens[reqs], kind="stable")]
+        bytes_per_token = 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        groups, start = [], 0
+        for end in range(1, len(order) + 1):
+            last = end == len(order)
+            if last or (end + 1 - start) * int(seq_lens[order[end]]) * bytes_per_token > _GATHER_BYTES:
+                groups.append(order[start:end])
+                start = end
+        return groups
+
+    def _decode_group(self, metadata: AttentionMetadata, reqs: np.ndarray) -> DecodeGroup:
+        longest = int(metadata.seq_lens_host[reqs].max())
+        num_blocks = -(-longest // self.block_size)
+        index = torch.from_numpy(reqs).to(self.device)
+        rows = torch.from_numpy(metadata.query_start_loc_host[reqs].astype(np.int64)).to(self.device)
+        return DecodeGroup(
+            token_rows=rows,
+            cache_rows=self._cache_rows(metadata.block_table[index, :num_blocks]),
+            seq_lens=metadata.seq_lens[index].long(),
+            padded_len=num_blocks * self.block_size,
+        )
+
+    def _cache_rows(self, block_table: torch.Tensor) -> torch.Tensor:
+        """block_table [B, n] -> rows [B * Hkv * n] of the cache seen as [NB * Hkv, BS * D]."""
+        return (block_table.long()[:, None, :] * self.num_kv_heads + self._heads[None, :, None]).reshape(-1)
+
+    # ---- once per layer -------------------------------------------------------------------------
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: KVCache,
+        metadata: AttentionMetadata,
+        scale: float,
+        sliding_window: int | None,
+    ) -> torch.Tensor:
+        plan: TorchPlan = metadata.plan
+        caches = [cache.transpose(1, 2) for cache in kv_cache]  # back to how they are stored
+        for cache, new in zip(caches, (key, value), strict=True):
+            cache.view(-1, self.head_dim).index_copy_(0, plan.write_rows, new.reshape(-1, self.head_dim))
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        for group in plan.decode:
+            out[group.token_rows] = self._decode(query[group.token_rows], caches, group, scale, sliding_window)
+        for request in plan.prefill:
+            rows = slice(request.start, request.end)
+            out[rows] = self._prefill(query[rows], key[rows], value[rows], caches, request, scale, sliding_window)
+        return out
+
+    def _gather(self, caches: list[torch.Tensor], rows: torch.Tensor) -> list[torch.Tensor]:
+        """Collect (block, head) rows of keys and of values, each [rows, BS * D]."""
+        width = self.block_size * self.head_dim
+        if self._scratch.shape[1] < rows.numel() * width:
+            self._scratch = torch.empty(2, rows.numel() * width, dtype=self.dtype, device=self.device)
+        gathered = [half[: rows.numel() * width].view(-1, width) for half in self._scratch]
+        for cache, out in zip(caches, gathered, strict=True):
+            torch.index_select(cache.view(-1, width), 0, rows, out=out)
+        return gathered
+
+    def _decode(
+        self,
+        query: torch.Tensor,
+        caches: list[torch.Tensor],
+        group: DecodeGroup,
+        scale: float,
+        sliding_window: int | None,
+    ) -> torch.Tensor:
+        """query [B, H, D] -> [B, H, D]."""
+        batch, num_heads, head_dim = query.shape
+        kv_shape = (batch * self.num_kv_heads, group.padded_len, head_dim)
+        key, value = (t.view(kv_shape) for t in self._gather(caches, group.cache_rows))
+        packed = query.reshape(batch * self.num_kv_heads, num_heads // self.num_kv_heads, head_dim)
+        mask = self._decode_mask(group, sliding_window)
+        scores = torch.baddbmm(mask, packed, key.transpose(1, 2), alpha=scale)
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+        return torch.bmm(weights, value).view(batch, num_heads, head_dim)
+
+    def _decode_mask(self, group: DecodeGroup, sliding_window: int | None) -> torch.Tensor:
+        """Additive [B * Hkv, 1, L]: 0 where the newest token may look, -inf elsewhere."""
+        mask = group.masks.get(sliding_window)
+        if mask is None:
+            positions = torch.arange(group.padded_len, device=self.device)
+            hidden = positions >= group.seq_lens[:, None]
+            if sliding_window is not None:
+                hidden |= positions < group.seq_lens[:, None] - sliding_window
+            mask = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device)
+            mask = mask.masked_fill_(hidden, float("-inf")).repeat_interleave(self.num_kv_heads, dim=0)
+            group.masks[sliding_window] = mask = mask[:, None]
+        return mask
+
+    def _prefill(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        caches: list[torch.Tensor],
+        request: PrefillRequest,
+        scale: float,
+        sliding_window: int | None,
+    ) -> torch.Tensor:
+        """One request's new tokens: query [n, H, D] -> [n, H, D]."""
+        num_new, num_heads, head_dim = query.shape
+        if request.cache_rows is None:
+            key, value = key.transpose(0, 1), value.transpose(0, 1)
+        else:
+            key, value = (
+                t.view(self.num_kv_heads, -1, head_dim)[:, : request.seq_len]
+                for t in self._gather(caches, request.cache_rows)
+            )
+        # Batch = KV heads, "heads" = the query heads of one KV head; K and V are expanded, not copied.
+        query = query.view(num_new, self.num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
+        key, value = (t[:, None].expand(-1, query.shape[1], -1, -1) for t in (key, value))
+        mask = self._prefill_mask(request, sliding_window)
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale
+        )
+        return out.permute(2, 0, 1, 3).reshape(num_new, num_heads, head_dim)
+
+    def _prefill_mask(self, request: PrefillRequest, sliding_window: int | None) -> torch.Tensor | None:
+        """Boolean [n, L], True where a query may look; None when plain causal masking says it all."""
+        if sliding_window not in request.masks:
+            num_new, length = request.end - request.start, request.seq_len
+            windowed = sliding_window is not None and length > sliding_window
+            mask = None
+            if windowed or num_new < length:
+                query_pos = torch.arange(length - num_new, length, device=self.device)[:, None]
+                key_pos = torch.arange(length, device=self.device)
+                mask = key_pos <= query_pos
+                if windowed:
+                    mask &= key_pos > query_pos - sliding_window
+            request.masks[sliding_window] = mask
+        return request.masks[sliding_window]

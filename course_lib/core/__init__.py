@@ -1,0 +1,1 @@
+"""Requests, blocks and schedules: the engine's decisions, without a tensor in sight."""

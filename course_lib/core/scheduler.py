@@ -1,0 +1,317 @@
+"""Decides, step by step, which requests compute how many tokens.
+
+There is one rule. A request has `num_computed_tokens` and `num_tokens`; each step hands out new
+tokens, within one budget, so that the first catches up with the second. A fresh prompt, a chunk of a
+long one, the rest after a prefix hit, a single decode token, a preempted request starting over: all
+are the same case.
+
+A step serves running requests first, oldest first; when the cache is full, the least deserving
+running request loses its blocks and waits. Then waiting requests are admitted, unless someone was
+just preempted.
+
+Invariants: the token budget and `max_num_seqs` are never exceeded; no request is both running and
+waiting; every added request is finished exactly once; no slot is written twice in one step.
+
+vLLM: `vllm/v1/core/sched/scheduler.py`. Iteration-level scheduling is Orca's (OSDI 2022), chunked
+prefill Sarathi-Serve's (2403.02310).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Protocol
+
+from course_lib.core.kv_cache_manager import KVCacheManager
+from course_lib.core.messages import (
+    CachedRequestData,
+    EngineCoreOutput,
+    ModelRunnerOutput,
+    NewRequestData,
+    SchedulerOutput,
+)
+from course_lib.core.request import Request, RequestStatus, check_stop
+from course_lib.core.request_queue import FCFSQueue, PriorityQueue, priority_key
+
+
+class SchedulerLimits(Protocol):
+    """What the scheduler reads of `course_lib.config.SchedulerConfig`."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    enable_chunked_prefill: bool
+    long_prefill_token_threshold: int
+    policy: str
+
+
+class Scheduler:
+    """Args:
+    config: limits and policy.
+    kv_cache: the cache to plan for; the scheduler is its only user.
+    """
+
+    def __init__(self, config: SchedulerLimits, kv_cache: KVCacheManager) -> None:
+        self.config = config
+        self.kv_cache = kv_cache
+        self.requests: dict[str, Request] = {}  # every unfinished request
+        self.waiting: FCFSQueue | PriorityQueue = (
+            PriorityQueue() if config.policy == "priority" else FCFSQueue()
+        )
+        self.running: list[Request] = []  # in order of admission
+        self._finished_ids: set[str] = set()  # to be told to the runner with the next step
+
+    # ---- requests come and go -------------------------------------------------------------------
+
+    def add_request(self, request: Request) -> None:
+        """Queue `request`. Raises ValueError if its id belongs to a live request."""
+        if request.request_id in self.requests:
+            raise ValueError(f"request_id {request.request_id!r} is already in use: choose another")
+        self.requests[request.request_id] = request
+        self.waiting.add(request)
+
+    def finish_requests(self, request_ids: Iterable[str]) -> list[str]:
+        """Abort requests, whatever they are doing; unknown ids are passed over. Returns those ended."""
+        aborted = []
+        for request_id in request_ids:
+            request = self.requests.get(request_id)
+            if request is None:
+                continue
+            if request.status is RequestStatus.RUNNING:
+                self.running.remove(request)
+            else:
+                self.waiting.remove(request)
+            request.status = RequestStatus.FINISHED_ABORTED
+            self._forget(request)
+            aborted.append(request_id)
+        return aborted
+
+    def _forget(self, request: Request) -> None:
+        self.kv_cache.free(request)
+        del self.requests[request.request_id]
+        self._finished_ids.add(request.request_id)
+
+    @property
+    def num_unfinished_requests(self) -> int:
+        return len(self.requests)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything: requests to serve, or endings the runner must hear of."""
+        return bool(self.requests or self._finished_ids)
+
+    # ---- one step -------------------------------------------------------------------------------
+
+    def schedule(self) -> SchedulerOutput:
+        """Plan one step and count its tokens as computed."""
+        budget = self.config.max_num_batched_tokens
+        plan: dict[Request, tuple[int, list[int]]] = {}  # request -> (new tokens, new blocks)
+        preempted: set[str] = set()
+
+        budget = self._continue_running(budget, plan, preempted)
+        admitted: list[Request] = []
+        if not preempted:
+            admitted = self._admit_waiting(budget, plan)
+
+        output = self._make_output(plan, admitted, preempted)
+        for request, (num_new, _) in plan.items():
+            request.num_computed_tokens += num_new
+        return output
+
+    def _continue_running(
+        self, budget: int, plan: dict[Request, tuple[int, list[int]]], preempted: set[str]
+    ) -> int:
+        """Pass 1: give every running request its next tokens. Returns the budget left."""
+        running = self.running
+        allocate = self.kv_cache.allocate_slots
+        index = 0
+        while index < len(running) and budget > 0:
+            request = running[index]
+            num_new = len(request.token_ids) - request.num_computed_tokens
+            if num_new > 1:
+                num_new = min(self._cap_chunk(num_new), budget)
+            new_blocks = allocate(request, num_new)
+            while new_blocks is None:
+                victim = self._choose_victim()
+                if victim in plan:  # it was served earlier in this step (priority policy): take that back
+                    budget += plan.pop(victim)[0]
+                position = running.index(victim)
+                self._preempt(victim)
+                preempted.add(victim.request_id)
+                if victim is request:
+                    break
+                if position < index:
+                    index -= 1
+                new_blocks = allocate(request, num_new)
+            else:
+                plan[request] = (num_new, new_blocks)
+                budget -= num_new
+                index += 1
+        return budget
+
+    def _admit_waiting(self, budget: int, plan: dict[Request, tuple[int, list[int]]]) -> list[Request]:
+        """Pass 2: admit waiting requests in order until budget, seats or blocks run out."""
+        admitted: list[Request] = []
+        while self.waiting and budget > 0 and len(self.running) < self.config.max_num_seqs:
+            request = self.waiting.peek()
+            hit = self.kv_cache.get_computed_blocks(request)
+            num_cached = len(hit) * self.kv_cache.block_size
+            num_new = request.num_tokens - num_cached
+            if self.config.enable_chunked_prefill:
+                num_new = min(self._cap_chunk(num_new), budget)
+            elif num_new > budget:
+                break
+            new_blocks = self.kv_cache.allocate_slots(request, num_new, hit)
+            if new_blocks is None:
+                break
+            self.waiting.pop()
+            self.running.append(request)
+            request.status = RequestStatus.RUNNING
+            if request.num_cached_tokens < 0:
+                request.num_cached_tokens = num_cached
+                self.kv_cache.record_lookup(request.num_tokens, num_cached)
+                request.first_scheduled_time = time.monotonic()
+            plan[request] = (num_new, new_blocks)
+            budget -= num_new
+            admitted.append(request)
+        return admitted
+
+    def _cap_chunk(self, num_new: int) -> int:
+        threshold = self.config.long_prefill_token_threshold
+        return min(num_new, threshold) if threshold else num_new
+
+    def _choose_victim(self) -> Request:
+        if self.config.policy == "priority":
+            return max(self.running, key=priority_key)
+        return self.running[-1]
+
+    def _preempt(self, request: Request) -> None:
+        """Take all blocks of `request`; it will start over (or from what is still cached)."""
+        self.running.remove(request)
+        self.kv_cache.free(request)
+        request.num_computed_tokens = 0
+        request.num_preemptions += 1
+        request.status = RequestStatus.PREEMPTED
+        self.waiting.return_preempted(request)
+
+    def _make_output(
+        self,
+        plan: dict[Request, tuple[int, list[int]]],
+        admitted: list[Request],
+        preempted: set[str],
+    ) -> SchedulerOutput:
+        """Turn the plan into messages; `num_computed_tokens` is still that before the step."""
+        admitted_set = set(admitted)
+        cached = CachedRequestData()
+        scheduled: dict[str, int] = {}
+        total = 0
+        for request, (num_new, new_blocks) in plan.items():
+            scheduled[request.request_id] = num_new
+            total += num_new
+            if request not in admitted_set:
+                cached.request_ids.append(request.request_id)
+                cached.new_block_ids.append(new_blocks)
+                cached.num_computed_tokens.append(request.num_computed_tokens)
+        new_requests = [
+            NewRequestData(
+                request_id=request.request_id,
+                prompt_token_ids=request.token_ids[: request.num_prompt_tokens],
+                output_token_ids=request.output_token_ids,
+                sampling_params=request.sampling_params,
+                block_ids=list(request.block_ids),
+                num_computed_tokens=request.num_computed_tokens,
+            )
+            for request in admitted
+        ]
+        finished, self._finished_ids = self._finished_ids, set()
+        return SchedulerOutput(new_requests, cached, scheduled, total, preempted, finished)
+
+    def update_from_output(self, output: ModelRunnerOutput) -> list[EngineCoreOutput]:
+        """Append sampled tokens to their requests, end those that are done, report the news."""
+        news: list[EngineCoreOutput] = []
+        requests = self.requests
+        max_model_len = self.config.max_model_len
+        logprobs = output.logprobs
+        prompt_logprobs = output.prompt_logprobs
+        any_finished = False
+        for request_id, error in output.errors.items():
+            request = requests.get(request_id)
+            if request is not None:
+                request.status = RequestStatus.FINISHED_ABORTED
+                request.stop_reason = error
+        for row, request_id in enumerate(output.request_ids):
+            request = requests.get(request_id)
+            if request is None:  # aborted while the step ran
+                continue
+            new_token_ids = output.sampled_token_ids[row]
+            token_ids = request.token_ids
+            finished = request.status is RequestStatus.FINISHED_ABORTED  # its own code failed
+            if finished:
+                any_finished, new_token_ids = True, []
+            for count, token_id in enumerate(new_token_ids, 1):
+                token_ids.append(token_id)
+                if check_stop(request, max_model_len):
+                    finished = any_finished = True
+                    new_token_ids = new_token_ids[:count]
+                    break
+            row_prompt_logprobs = prompt_logprobs.get(request_id) if prompt_logprobs else None
+            if not new_token_ids and row_prompt_logprobs is None and not finished:
+                continue
+            news.append(
+                EngineCoreOutput(
+                    request_id,
+                    new_token_ids,
+                    request.finish_reason if finished else None,
+                    request.stop_reason,
+                    logprobs[row] if logprobs is not None else None,
+                    row_prompt_logprobs,
+                    request.num_cached_tokens,
+                    request.first_scheduled_time,
+                    request.num_preemptions,
+                )
+            )
+            if finished:
+                self._forget(request)
+        if any_finished:
+            self.running = [request for request in self.running if not request.is_finished]
+        return news
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget cached prefixes; False (and nothing done) while requests hold blocks."""
+        return self.kv_cache.reset_prefix_cache()
+
+    # ---- executable invariants ------------------------------------------------------------------
+
+    def check_invariants(self, output: SchedulerOutput | None = None) -> None:
+        """Raise AssertionError naming the first broken invariant (of `output` too, if given)."""
+        waiting = list(self.waiting)
+        assert len(self.running) <= self.config.max_num_seqs, "more requests running than max_num_seqs"
+        assert {*map(id, waiting), *map(id, self.running)} == {*map(id, self.requests.values())}, (
+            "running and waiting together are not the unfinished requests"
+        )
+        assert len(waiting) + len(self.running) == len(self.requests), "a request is queued twice"
+        for request in waiting:
+            assert not request.block_ids, f"{request} waits but holds blocks"
+        self.kv_cache.check_invariants(self.requests.values())
+        if output is not None:
+            self._check_output(output)
+
+    def _check_output(self, output: SchedulerOutput) -> None:
+        total = sum(output.num_scheduled_tokens.values())
+        assert total == output.total_num_scheduled_tokens <= self.config.max_num_batched_tokens, (
+            f"{total} tokens planned, budget {self.config.max_num_batched_tokens}"
+        )
+        size = self.kv_cache.block_size
+        starts = dict(
+            zip(output.cached_requests.request_ids, output.cached_requests.num_computed_tokens, strict=True)
+        )
+        starts |= {new.request_id: new.num_computed_tokens for new in output.new_requests}
+        assert starts.keys() == output.num_scheduled_tokens.keys(), "planned requests and messages differ"
+        written: dict[tuple[int, int], str] = {}
+        for request_id, count in output.num_scheduled_tokens.items():
+            request = self.requests[request_id]
+            assert count > 0, f"{request} was planned with no token"
+            for position in range(starts[request_id], starts[request_id] + count):
+                slot = (request.block_ids[position // size], position % size)
+                other = written.setdefault(slot, request_id)
+                assert other == request_id, f"slot {slot} written by {other} and {request_id}"

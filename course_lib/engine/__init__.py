@@ -1,0 +1,1 @@
+"""From prompts to text: input processing, the step loop, output processing."""

@@ -1,0 +1,246 @@
+"""The asynchronous engine: many coroutines, one core.
+
+The core steps in a thread of its own; everything that touches text (tokenizing, detokenizing, stop
+strings) runs in the event loop, as does the delivery to the coroutines. Between the two there are
+only messages: commands down a queue, each step's news up into the loop.
+
+A stop string is therefore found while the core may already run the next step; the surplus token is
+dropped. If the core fails, every waiting coroutine gets the error and the engine refuses new work.
+
+vLLM: `vllm/v1/engine/async_llm.py`, `core_client.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import AsyncGenerator, Callable, Iterable
+from typing import Any
+
+from course_lib.config import EngineConfig
+from course_lib.core.messages import EngineCoreOutput
+from course_lib.engine.core import EngineCore
+from course_lib.engine.frontend import Frontend
+from course_lib.engine.stat_logger import StatLogger
+from course_lib.engine.tokenizer import load_tokenizer
+from course_lib.engine_args import EngineArgs
+from course_lib.errors import EngineDeadError
+from course_lib.outputs import RequestOutput
+from course_lib.prompts import PromptType
+from course_lib.sampling_params import RequestOutputKind, SamplingParams
+
+
+class OutputStream:
+    """Outputs of one request on their way to one coroutine.
+
+    A slow reader finds the outputs it missed merged into one: memory does not grow with its delay.
+    """
+
+    def __init__(self, delta: bool) -> None:
+        self._delta = delta
+        self._ready = asyncio.Event()
+        self._output: RequestOutput | None = None
+        self._error: Exception | None = None
+
+    def put(self, output: RequestOutput) -> None:
+        if self._output is None:
+            self._output = output
+        else:
+            self._output.add(output, aggregate=self._delta)
+        self._ready.set()
+
+    def fail(self, error: Exception) -> None:
+        self._error = error
+        self._ready.set()
+
+    async def get(self) -> RequestOutput:
+        await self._ready.wait()
+        self._ready.clear()
+        output, self._output = self._output, None
+        if output is None:
+            raise self._error
+        if self._error is not None:
+            self._ready.set()
+        return output
+
+
+class AsyncLLM:
+    """Construct with `from_engine_args`. Belongs to the event loop of its first `generate`."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        tokenizer = load_tokenizer(config.model)
+        self._core = EngineCore(config)
+        self.config = self._core.config
+        self._frontend = Frontend(self.config, tokenizer)
+        self._stat_logger = StatLogger() if config.log_stats else None
+        self._streams: dict[str, OutputStream] = {}
+        # What the core's thread is to do next; None tells it to end.
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._error: BaseException | None = None
+
+    @classmethod
+    def from_engine_args(cls, engine_args: EngineArgs) -> AsyncLLM:
+        """Resolve the arguments, load the model, allocate the cache."""
+        return cls(engine_args.create_engine_config())
+
+    # ---- what callers do ------------------------------------------------------------------------
+
+    async def generate(
+        self,
+        prompt: PromptType,
+        sampling_params: SamplingParams,
+        request_id: str,
+        lora_request: Any = None,
+        priority: int = 0,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Yield outputs as they come, shaped by `sampling_params.output_kind`; the last is finished.
+
+        Leaving the loop early, or cancelling the task, aborts the request.
+
+        Raises:
+            TypeError, ValueError: something is wrong with the request; others are not affected.
+            EngineDeadError: the engine has failed or was shut down.
+        """
+        self._start()
+        prepared = self._frontend.prepare(
+            request_id, prompt, sampling_params, lora_request=lora_request, priority=priority
+        )
+        requests = self._frontend.register(prepared)
+        stream = OutputStream(sampling_params.output_kind is RequestOutputKind.DELTA)
+        self._streams[request_id] = stream
+        for request in requests:
+            self._commands.put(lambda request=request: self._core.add_request(request))
+        try:
+            while True:
+                output = await stream.get()
+                if output.finished:
+                    del self._streams[request_id]
+                yield output
+                if output.finished:
+                    return
+        finally:
+            if self._streams.get(request_id) is stream:
+                await self.abort(request_id)
+                self._streams.pop(request_id, None)
+
+    async def abort(self, request_id: str | Iterable[str]) -> None:
+        """End requests; their generators yield a last output with finish reason "abort"."""
+        outputs = self._frontend.output_processor
+        for one in [request_id] if isinstance(request_id, str) else list(request_id):
+            core_ids = outputs.core_ids(one)
+            last = outputs.abort(one)
+            if core_ids:
+                self._commands.put(lambda core_ids=core_ids: self._core.abort_requests(core_ids))
+            if last is not None and one in self._streams:
+                self._streams[one].put(last)
+
+    async def reset_prefix_cache(self) -> bool:
+        """Forget cached prefixes; False (and nothing done) while requests are running."""
+        self._start()
+        answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+        def reset() -> None:
+            done = self._core.scheduler.reset_prefix_cache()
+            self._post(lambda: answer.done() or answer.set_result(done))
+
+        self._commands.put(reset)
+        return await answer
+
+    async def get_tokenizer(self) -> Any:
+        """The Hugging Face tokenizer."""
+        return self._frontend.get_tokenizer()
+
+    async def get_model_config(self) -> Any:
+        return self.config.model
+
+    async def check_health(self) -> None:
+        """Raise EngineDeadError if the engine can no longer serve."""
+        if self._error is not None:
+            raise self._dead()
+
+    @property
+    def is_running(self) -> bool:
+        return self._error is None
+
+    @property
+    def errored(self) -> bool:
+        return self._error is not None
+
+    def shutdown(self) -> None:
+        """Stop the core's thread; unfinished requests get an EngineDeadError. Idempotent."""
+        if self._error is None:
+            self._error = RuntimeError("the engine was shut down")
+        self._commands.put(None)
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self._fail_streams()
+
+    # ---- in the event loop ----------------------------------------------------------------------
+
+    def _start(self) -> None:
+        """Start the core's thread on first use. Raises EngineDeadError, or RuntimeError in a foreign loop."""
+        if self._error is not None:
+            raise self._dead()
+        loop = asyncio.get_running_loop()
+        if self._loop is None:
+            self._loop = loop
+            self._thread = threading.Thread(target=self._run_core, name="engine-core", daemon=True)
+            self._thread.start()
+        elif loop is not self._loop:
+            raise RuntimeError("this AsyncLLM belongs to another event loop: make one engine per loop")
+
+    def _deliver(self, news: list[EngineCoreOutput]) -> None:
+        processed = self._frontend.output_processor.process(news)
+        if processed.requests_to_abort:
+            ids = processed.requests_to_abort
+            self._commands.put(lambda: self._core.abort_requests(ids))
+        for output in processed.request_outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is not None:
+                stream.put(output)
+
+    def _dead(self) -> EngineDeadError:
+        error = EngineDeadError(f"the engine has stopped: {self._error}")
+        error.__cause__ = self._error
+        return error
+
+    def _die(self, error: BaseException) -> None:
+        self._error = self._error or error
+        self._fail_streams()
+
+    def _fail_streams(self) -> None:
+        self._frontend.forget_all()
+        for stream in self._streams.values():
+            stream.fail(self._dead())
+
+    # ---- in the core's thread -------------------------------------------------------------------
+
+    def _run_core(self) -> None:
+        try:
+            while self._take_commands():
+                news = self._core.step()
+                if self._stat_logger is not None:
+                    self._stat_logger.record(self._core, news)
+                if news:
+                    self._post(lambda news=news: self._deliver(news))
+        except BaseException as error:
+            self._post(lambda error=error: self._die(error))
+
+    def _take_commands(self) -> bool:
+        """Carry out all waiting commands; sleep while there is nothing at all to do. False: end."""
+        while not (self._core.has_work and self._commands.empty()):
+            command = self._commands.get()
+            if command is None:
+                return False
+            command()
+        return True
+
+    def _post(self, callback: Callable[[], None]) -> None:
+        try:
+            self._loop.call_soon_threadsafe(callback)
+        except RuntimeError:  # the loop is closed: nobody is left to hear
+            self._commands.put(None)

@@ -1,0 +1,325 @@
+"""What a person may say about an engine, and its one resolution into an `EngineConfig`.
+
+Names, defaults and meanings are vLLM's. An argument that is accepted works; one this engine does
+not have yet is refused by name with what to use instead, and a misspelt one is answered with the
+nearest real name. Nothing is accepted and ignored.
+
+vLLM: `vllm/engine/arg_utils.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from course_lib.config import DTYPE_BYTES, CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from course_lib.errors import UnsupportedModelError
+
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+# Arguments of vLLM that come with later lessons: name -> (the value that works, why, what to do).
+_LATER: dict[str, tuple[Any, str]] = {
+    "tensor_parallel_size": (1, "this engine runs in one process; leave it at 1"),
+    "pipeline_parallel_size": (1, "this engine runs in one process; leave it at 1"),
+    "data_parallel_size": (1, "this engine runs in one process; start several engines, or leave it at 1"),
+    "distributed_executor_backend": (None, 'only "uni" (this process) exists; leave it out'),
+    "quantization": (None, "weights run in float32, float16 or bfloat16; choose with dtype="),
+    "enable_lora": (False, "adapters cannot be loaded; merge the adapter into the weights first"),
+    "speculative_config": (None, "there is no speculative decoding yet; leave it out"),
+    "kv_transfer_config": (None, "the cache cannot be moved between engines yet; leave it out"),
+    "limit_mm_per_prompt": (None, "prompts are text only; leave it out"),
+    "mm_processor_kwargs": (None, "prompts are text only; leave it out"),
+    "cpu_offload_gb": (0, "weights stay on one device; leave it at 0"),
+    "swap_space": (0, "preempted requests are recomputed, never swapped; leave it at 0"),
+    "worker_extension_cls": (None, "the runner cannot be extended from outside yet; leave it out"),
+    "trust_remote_code": (False, "code from checkpoints is never run; leave it False"),
+}
+
+_DTYPES = ("auto", "float32", "float", "float16", "half", "bfloat16")
+_DTYPE_ALIASES = {"float": "float32", "half": "float16"}
+
+
+@dataclass
+class EngineArgs:
+    """Arguments of an engine. See the README's table for meanings; units: tokens and bytes."""
+
+    model: str = DEFAULT_MODEL
+    tokenizer: str | None = None
+    skip_tokenizer_init: bool = False
+    trust_remote_code: bool = False
+    revision: str | None = None
+    dtype: str = "auto"
+    seed: int | None = 0
+    max_model_len: int | None = None
+    block_size: int = 16
+    num_gpu_blocks_override: int | None = None
+    kv_cache_memory_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9
+    swap_space: float = 0
+    cpu_offload_gb: float = 0
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int | None = None
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    long_prefill_token_threshold: int = 0
+    scheduling_policy: str = "fcfs"
+    max_logprobs: int = 20
+    enforce_eager: bool = False  # False permits captured graphs where a device has them (none yet)
+    disable_log_stats: bool = False
+    device: str = "auto"
+    attention_backend: str = "auto"
+    load_format: str = "auto"
+    hf_overrides: dict[str, Any] | None = None
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    data_parallel_size: int = 1
+    distributed_executor_backend: str | None = None
+    quantization: str | None = None
+    enable_lora: bool = False
+    speculative_config: dict[str, Any] | None = None
+    kv_transfer_config: dict[str, Any] | None = None
+    limit_mm_per_prompt: dict[str, int] | None = None
+    mm_processor_kwargs: dict[str, Any] | None = None
+    worker_extension_cls: str | None = None
+
+    @classmethod
+    def from_kwargs(cls, **kwargs: Any) -> EngineArgs:
+        """Like the constructor, but an unknown name is answered with the nearest real one."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in kwargs:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f". Known arguments: {', '.join(known)}"
+                raise TypeError(f"unknown argument {name!r}{hint}")
+        return cls(**kwargs)
+
+    # ---- command line ---------------------------------------------------------------------------
+
+    @staticmethod
+    def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        """Add one `--option` per field, as `vllm serve` spells them."""
+        for field in dataclasses.fields(EngineArgs):
+            option = "--" + field.name.replace("_", "-")
+            if field.name in _CHOICES:
+                parser.add_argument(option, choices=_CHOICES[field.name], default=field.default)
+            elif isinstance(field.default, bool):
+                parser.add_argument(option, action=argparse.BooleanOptionalAction, default=field.default)
+            else:
+                parser.add_argument(option, type=_cli_type(field.type), default=field.default)
+        return parser
+
+    @classmethod
+    def from_cli_args(cls, args: argparse.Namespace) -> EngineArgs:
+        """Pick this class's fields out of parsed arguments."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: getattr(args, name) for name in names if hasattr(args, name)})
+
+    # ---- resolution -----------------------------------------------------------------------------
+
+    def create_engine_config(self) -> EngineConfig:
+        """Check everything, resolve every "auto", find the model.
+
+        Raises:
+            ValueError, TypeError: an argument is out of range, of the wrong type or not supported.
+            CourseError: the model cannot be found, read or run.
+        """
+        self._refuse_later_arguments()
+        self._check_types_and_ranges()
+        device = _resolve_device(self.device)
+        model = self._resolve_model(device)
+        batched = self.max_num_batched_tokens
+        if batched is None:
+            batched = 2048 if device == "cpu" else 8192
+            batched = max(batched, self.max_num_seqs)
+            if not self.enable_chunked_prefill:
+                batched = max(batched, model.max_model_len)
+        if batched < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens={batched} is below max_num_seqs={self.max_num_seqs}: each running "
+                f"request needs one token a step; raise the first or lower the second"
+            )
+        if not self.enable_chunked_prefill and batched < model.max_model_len:
+            raise ValueError(
+                f"max_num_batched_tokens={batched} is below max_model_len={model.max_model_len} while "
+                f"enable_chunked_prefill=False: a long prompt could never be scheduled; raise it, lower "
+                f"max_model_len, or enable chunked prefill"
+            )
+        return EngineConfig(
+            model=model,
+            cache=CacheConfig(
+                block_size=self.block_size,
+                num_blocks_override=self.num_gpu_blocks_override,
+                memory_bytes=self.kv_cache_memory_bytes,
+                gpu_memory_utilization=self.gpu_memory_utilization,
+                enable_prefix_caching=self.enable_prefix_caching,
+            ),
+            scheduler=SchedulerConfig(
+                max_num_seqs=self.max_num_seqs,
+                max_num_batched_tokens=batched,
+                max_model_len=model.max_model_len,
+                enable_chunked_prefill=self.enable_chunked_prefill,
+                long_prefill_token_threshold=self.long_prefill_token_threshold,
+                policy=self.scheduling_policy,
+            ),
+            device=device,
+            attention_backend=_resolve_attention_backend(self.attention_backend, device),
+            shrink_to_fit=self.max_model_len is None,
+            log_stats=not self.disable_log_stats,
+            debug=os.environ.get("COURSE_DEBUG", "0") not in ("", "0"),
+        )
+
+    def _refuse_later_arguments(self) -> None:
+        for name, (works, remedy) in _LATER.items():
+            value = getattr(self, name)
+            if value != works and not (name == "distributed_executor_backend" and value == "uni"):
+                raise ValueError(f"{name}={value!r} is not supported: {remedy}")
+
+    def _check_types_and_ranges(self) -> None:
+        for name in ("skip_tokenizer_init", "enable_prefix_caching", "enable_chunked_prefill", "disable_log_stats",
+                     "enforce_eager"):  # fmt: skip
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}")
+        for name, low in (
+            ("max_model_len", 1), ("num_gpu_blocks_override", 1), ("kv_cache_memory_bytes", 1),
+            ("max_num_seqs", 1), ("max_num_batched_tokens", 1), ("long_prefill_token_threshold", 0),
+            ("max_logprobs", -1), ("block_size", 1), ("seed", 0),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is None and name not in ("max_num_seqs", "block_size", "max_logprobs"):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name} must be an integer, not {value!r}")
+            if value < low:
+                raise ValueError(f"{name}={value} is out of range: it must be at least {low}")
+        if self.block_size > 256 or self.block_size & (self.block_size - 1):
+            raise ValueError(f"block_size={self.block_size} must be a power of two from 1 to 256, such as 16")
+        utilization = self.gpu_memory_utilization
+        if not isinstance(utilization, (int, float)) or not math.isfinite(utilization) or not 0 < utilization <= 1:
+            raise ValueError(f"gpu_memory_utilization={utilization!r} must be above 0 and at most 1")
+        if self.hf_overrides is not None and not isinstance(self.hf_overrides, dict):
+            raise TypeError("hf_overrides must be a dict of config.json entries to replace")
+
+    def _resolve_model(self, device: str) -> ModelConfig:
+        from transformers import AutoConfig
+
+        from course_lib.model_store.resolve import resolve_model
+
+        if not isinstance(self.model, (str, Path)) or not str(self.model):
+            raise TypeError(f"model must be a folder or a model id such as {DEFAULT_MODEL!r}, not {self.model!r}")
+        path = resolve_model(str(self.model), revision=self.revision)
+        tokenizer_path = path if self.tokenizer is None else resolve_model(str(self.tokenizer))
+        try:
+            hf_config = AutoConfig.from_pretrained(path, **(self.hf_overrides or {}))
+        except (ValueError, KeyError) as error:
+            raise UnsupportedModelError(
+                f"model={self.model!r}: transformers cannot read its config.json ({error})"
+            ) from error
+        generation_file = path / "generation_config.json"
+        defaults = json.loads(generation_file.read_text()) if generation_file.exists() else {}
+        return ModelConfig(
+            model=str(self.model),
+            path=path,
+            tokenizer_path=tokenizer_path,
+            hf_config=hf_config,
+            generation_defaults=defaults,
+            dtype=_resolve_dtype(self.dtype, hf_config, device),
+            max_model_len=self._resolve_max_model_len(hf_config),
+            seed=self.seed or 0,
+            max_logprobs=self.max_logprobs,
+            load_format=self.load_format,
+            skip_tokenizer_init=self.skip_tokenizer_init,
+        )
+
+    def _resolve_max_model_len(self, hf_config: Any) -> int:
+        trained = getattr(hf_config, "max_position_embeddings", None)
+        rope = getattr(hf_config, "rope_parameters", None) or {}
+        if trained and rope.get("rope_type") == "yarn" and "original_max_position_embeddings" in rope:
+            trained = max(trained, int(rope["original_max_position_embeddings"] * rope["factor"]))
+        if self.max_model_len is None:
+            return trained or 2048
+        if trained and self.max_model_len > trained:
+            raise ValueError(
+                f"max_model_len={self.max_model_len} is beyond the {trained} positions the model was trained "
+                f"for: lower it, or extend the model with hf_overrides (rope_parameters, max_position_embeddings)"
+            )
+        return self.max_model_len
+
+
+# The asynchronous engine takes the same arguments.
+AsyncEngineArgs = EngineArgs
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "dtype": _DTYPES,
+    "scheduling_policy": ("fcfs", "priority"),
+    "device": ("auto", "cpu", "cuda"),
+    "attention_backend": ("auto", "torch", "triton"),
+    "load_format": ("auto", "safetensors", "dummy"),
+}
+
+
+class FlexibleArgumentParser(argparse.ArgumentParser):
+    """An argument parser that takes `--max_model_len` and `--max-model-len` alike, as vLLM's does."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        import sys
+
+        def dashed(arg: str) -> str:
+            if not arg.startswith("--"):
+                return arg
+            option, equals, value = arg.partition("=")
+            return option.replace("_", "-") + equals + value
+
+        raw = sys.argv[1:] if args is None else args
+        return super().parse_known_args([dashed(arg) for arg in raw], namespace)
+
+
+def _cli_type(annotation: str) -> Any:
+    if "dict" in annotation:
+        return json.loads
+    if "int" in annotation:
+        return int
+    return float if "float" in annotation else str
+
+
+def _resolve_device(device: str) -> str:
+    if device != "cpu":
+        import torch
+
+        if torch.cuda.is_available():
+            return "cuda"
+        if device == "cuda":
+            raise ValueError('device="cuda": torch finds no CUDA device here; use device="cpu" or "auto"')
+    return "cpu"
+
+
+def _resolve_attention_backend(name: str, device: str) -> str:
+    if name == "auto":
+        return "triton" if device == "cuda" else "torch"
+    if name == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            'attention_backend="triton" on a CPU runs in Triton\'s interpreter: set TRITON_INTERPRET=1 in the '
+            'environment before Python starts, or use attention_backend="torch"'
+        )
+    return name
+
+
+def _resolve_dtype(name: str, hf_config: Any, device: str) -> str:
+    """ "auto": the checkpoint's own type on a GPU; on a CPU float32, the only one that is both exact and
+    quick at every batch size there."""
+    name = _DTYPE_ALIASES.get(name, name)
+    if name != "auto":
+        return name
+    if device == "cpu":
+        return "float32"
+    stored = str(getattr(hf_config, "dtype", None)).removeprefix("torch.")
+    return stored if stored in DTYPE_BYTES and stored != "float32" else "bfloat16"

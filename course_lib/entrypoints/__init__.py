@@ -1,0 +1,1 @@
+"""What people call: `LLM`, the command line and (later) the OpenAI server."""

@@ -1,0 +1,84 @@
+"""How many KV blocks fit.
+
+On a GPU: run the largest step there can be, see how much memory it took at its peak, and give what
+is left under `gpu_memory_utilization` to the cache. On a CPU, memory belongs to everybody: take a
+quarter of what is free, at most 4 GiB; pages are only really taken when first used.
+
+vLLM: `determine_available_memory` in `vllm/v1/worker/gpu_worker.py`, `check_enough_kv_cache_memory`
+in `vllm/v1/core/kv_cache_utils.py`.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import torch
+
+from course_lib.core.messages import CachedRequestData, NewRequestData, SchedulerOutput
+from course_lib.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from course_lib.runner.model_runner import ModelRunner
+
+_CPU_FRACTION = 0.25
+_CPU_MOST = 4 << 30
+
+
+def decide_num_blocks(runner: ModelRunner) -> int:
+    """Blocks for this runner's cache, from the configuration and the memory there is."""
+    config = runner.config
+    if config.cache.num_blocks_override is not None:
+        return config.cache.num_blocks_override
+    block_bytes = config.model.kv_bytes_per_token * config.cache.block_size
+    memory = config.cache.memory_bytes
+    if memory is None:
+        memory = _free_cuda_memory(runner) if runner.device.type == "cuda" else _cpu_share()
+    # No request set can use more than this many, so a tiny model does not get a huge cache.
+    limits = config.scheduler
+    useful = limits.max_num_seqs * -(-limits.max_model_len // config.cache.block_size)
+    return min(memory // block_bytes, useful)
+
+
+def _cpu_share() -> int:
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    meminfo = "/proc/meminfo"
+    if os.path.exists(meminfo):  # Linux knows what is free; elsewhere take the total as the measure
+        with open(meminfo) as file:
+            fields = dict(line.split(":", 1) for line in file)
+        available = int(fields["MemAvailable"].split()[0]) * 1024
+    return min(int(available * _CPU_FRACTION), _CPU_MOST)
+
+
+def _free_cuda_memory(runner: ModelRunner) -> int:
+    """Bytes left for the cache beside the weights and the largest step's activations."""
+    free_before, total = torch.cuda.mem_get_info()
+    torch.cuda.reset_peak_memory_stats()
+    _run_largest_step(runner)
+    torch.cuda.synchronize()
+    # What others hold on this device, plus our own peak.
+    foreign = total - free_before - torch.cuda.memory_reserved()
+    peak = torch.cuda.max_memory_allocated()
+    torch.cuda.empty_cache()
+    return max(0, int(total * runner.config.cache.gpu_memory_utilization) - foreign - peak)
+
+
+def _run_largest_step(runner: ModelRunner) -> None:
+    """One step of `max_num_batched_tokens` over `max_num_seqs` prompts, on a throw-away cache."""
+    limits = runner.config.scheduler
+    size = runner.config.cache.block_size
+    num_seqs = min(limits.max_num_seqs, limits.max_num_batched_tokens)
+    length = min(limits.max_num_batched_tokens // num_seqs, limits.max_model_len - 1)
+    blocks_each = -(-length // size)
+    runner.initialize_cache(num_seqs * blocks_each)
+    params = SamplingParams(max_tokens=1)
+    requests = [
+        NewRequestData(
+            str(i), [0] * length, [], params, list(range(i * blocks_each, (i + 1) * blocks_each)), 0
+        )
+        for i in range(num_seqs)
+    ]
+    counts = {request.request_id: length for request in requests}
+    empty = CachedRequestData()
+    runner.execute_model(SchedulerOutput(requests, empty, counts, length * num_seqs, set(), set()))
+    runner.execute_model(SchedulerOutput([], empty, {}, 0, set(), set(counts)))
