@@ -127,16 +127,17 @@ def test_salts_keep_caches_apart() -> None:
 def test_blocks_of_a_step_that_was_taken_back_are_not_offered() -> None:
     """Priority policy: "low" is served first in the step, registers a full block, and is then preempted
     by "high" later in the same step. That block was never computed: nobody may hit it."""
-    scheduler = make_scheduler(num_blocks=4, policy="priority", long_prefill_token_threshold=4)
-    low = make_request("low", list(range(100, 112)), priority=5, arrival=0)
+    scheduler = make_scheduler(num_blocks=5, policy="priority", long_prefill_token_threshold=4)
+    low = make_request("low", list(range(100, 116)), priority=5, arrival=0)
     scheduler.add_request(low)
     assert step(scheduler).num_scheduled_tokens == {"low": 4}
     scheduler.add_request(make_request("high", list(range(4)), priority=0, arrival=1))
     assert step(scheduler).num_scheduled_tokens == {"low": 4, "high": 4}
-    third = step(scheduler)  # low takes the last block, high then needs one
+    scheduler.config.long_prefill_token_threshold = 8
+    third = step(scheduler)  # low takes the last two blocks, high then needs one
     assert third.preempted_request_ids == {"low"} and third.num_scheduled_tokens == {"high": 1}
     found = [scheduler.kv_cache.pool.find(content_hash) is not None for content_hash in low.block_hashes]
-    assert found == [True, True, False]
+    assert found == [True, True, False, False]
 
 
 def test_priority_goes_first_and_low_priority_is_preempted() -> None:
