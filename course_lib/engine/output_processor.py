@@ -21,7 +21,7 @@ from course_lib.core.request import Request
 from course_lib.engine.detokenizer import IncrementalDetokenizer
 from course_lib.engine.logprobs import LogprobsProcessor
 from course_lib.engine.parallel_sampling import ParentRequest
-from course_lib.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from course_lib.outputs import CompletionOutput, PromptLogprobs, RequestMetrics, RequestOutput
 from course_lib.sampling_params import RequestOutputKind
 
 
@@ -39,7 +39,7 @@ class RequestState:
         self.index = index
         self.metrics = RequestMetrics(arrival_time=request.arrival_time)
         self.detokenizer = IncrementalDetokenizer.from_request(tokenizer, self.prompt_token_ids, self.params)
-        self.logprobs = LogprobsProcessor.from_request(tokenizer, self.prompt_token_ids, self.params)
+        self.logprobs = LogprobsProcessor.from_request(tokenizer, self.params)
         self.num_cached_tokens = 0
         self.num_reported_tokens = 0  # what DELTA outputs have carried so far
 
@@ -54,10 +54,20 @@ class RequestState:
         metrics.num_preemptions = news.num_preemptions
         self.num_cached_tokens = news.num_cached_tokens
         stop_string = self.detokenizer.update(news.new_token_ids, news.finish_reason == "stop")
-        self.logprobs.update(news)
+        if news.logprobs is not None:
+            self.logprobs.update_from_sample(news.logprobs)
+        if news.prompt_logprobs is not None:
+            self.logprobs.update_from_prompt(news.prompt_logprobs)
         if stop_string is not None:
+            self.logprobs.truncate(len(self.detokenizer.token_ids))
             return "stop", stop_string
         return news.finish_reason, news.stop_reason
+
+    def prompt_logprobs(self) -> PromptLogprobs | None:
+        """The prompt's log-probabilities; in DELTA outputs only once."""
+        if self.params.output_kind is RequestOutputKind.DELTA:
+            return self.logprobs.take_prompt_logprobs()
+        return self.logprobs.prompt_logprobs
 
     def completion(self, finish_reason: str | None, stop_reason: int | str | None) -> CompletionOutput:
         """This request's output in the shape its `output_kind` asks for."""
@@ -174,7 +184,7 @@ class OutputProcessor:
             request_id=state.request_id if parent is None else parent.request_id,
             prompt=state.prompt,
             prompt_token_ids=state.prompt_token_ids,
-            prompt_logprobs=state.logprobs.prompt_logprobs,
+            prompt_logprobs=state.prompt_logprobs(),
             outputs=outputs,
             finished=finished,
             metrics=state.metrics,
