@@ -1,0 +1,1 @@
+"""The blocks a decoder is built from: linear, norm, rotary, activation, embedding."""

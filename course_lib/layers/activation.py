@@ -1,0 +1,12 @@
+"""The gated activation of Llama-like MLPs. vLLM: `model_executor/layers/activation.py` (SiluAndMul)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """`silu(gate) * up` for gate_up [T, 2 * I] (gate first) -> [T, I], a new contiguous tensor."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)

@@ -1,0 +1,221 @@
+"""Llama (arXiv 2302.13971, 2307.09288, 2407.21783) and Mistral (arXiv 2310.06825).
+
+A decoder layer is: norm, attention, add; norm, gated MLP, add. Between layers two tensors travel:
+`hidden`, the output of the last block, and `residual`, the running sum it has not been added to yet,
+so that each add is done together with the norm behind it. Invariant: tokens are one flat batch [T];
+which request a token belongs to is known to `metadata` alone. vLLM: `model_executor/models/llama.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from course_lib.attention.layer import Attention
+from course_lib.attention.metadata import AttentionMetadata
+from course_lib.errors import UnsupportedModelError
+from course_lib.layers.activation import silu_and_mul
+from course_lib.layers.embedding import TokenEmbedding
+from course_lib.layers.linear import GateUpLinear, Linear, QKVLinear
+from course_lib.layers.norm import QKNorm, RMSNorm
+from course_lib.layers.rotary import RotaryEmbedding, apply_rotary
+from course_lib.models.causal_lm import CausalLM
+
+CosSin = tuple[torch.Tensor, torch.Tensor]
+
+
+class LlamaMLP(nn.Module):
+    """`down(silu(gate(x)) * up(x))`."""
+
+    def __init__(
+        self, hf_config: Any, *, bias: bool, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        super().__init__()
+        if hf_config.hidden_act != "silu":
+            raise UnsupportedModelError(
+                f"config.json: hidden_act={hf_config.hidden_act!r} is not supported; supported is 'silu'."
+            )
+        hidden, inner = hf_config.hidden_size, hf_config.intermediate_size
+        self.gate_up_proj = GateUpLinear(hidden, inner, bias=bias, dtype=dtype, device=device)
+        self.down_proj = Linear(inner, hidden, bias=bias, dtype=dtype, device=device)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(silu_and_mul(self.gate_up_proj(hidden)))
+
+
+class LlamaAttention(nn.Module):
+    """Grouped-query attention with rotary positions. H query heads share Hkv key-value heads of size D."""
+
+    def __init__(
+        self,
+        hf_config: Any,
+        layer_idx: int,
+        *,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        qk_norm: bool = False,
+        sliding_window: int | None = None,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        super().__init__()
+        hidden, num_heads = hf_config.hidden_size, hf_config.num_attention_heads
+        num_kv_heads = getattr(hf_config, "num_key_value_heads", None) or num_heads
+        if num_heads % num_kv_heads:
+            raise UnsupportedModelError(
+                f"config.json: num_attention_heads={num_heads} is not a multiple of "
+                f"num_key_value_heads={num_kv_heads}."
+            )
+        self.head_dim = getattr(hf_config, "head_dim", None) or hidden // num_heads
+        self.q_size, self.kv_size = num_heads * self.head_dim, num_kv_heads * self.head_dim
+        self.qkv_proj = QKVLinear(
+            hidden, self.head_dim, num_heads, num_kv_heads, bias=qkv_bias, dtype=dtype, device=device
+        )
+        self.o_proj = Linear(self.q_size, hidden, bias=out_bias, dtype=dtype, device=device)
+        self.qk_norm: QKNorm | None = None
+        if qk_norm:
+            eps = hf_config.rms_norm_eps
+            self.qk_norm = QKNorm(self.head_dim, num_heads, num_kv_heads, eps, dtype=dtype, device=device)
+        self.attn = Attention(
+            num_heads,
+            self.head_dim,
+            self.head_dim**-0.5,
+            num_kv_heads,
+            layer_idx=layer_idx,
+            sliding_window=sliding_window,
+        )
+
+    def forward(self, hidden: torch.Tensor, cos_sin: CosSin, metadata: AttentionMetadata) -> torch.Tensor:
+        qk, v = self.qkv_proj(hidden).split((self.q_size + self.kv_size, self.kv_size), dim=-1)
+        qk = qk.view(len(hidden), -1, self.head_dim)  # queries and keys are rotated in one go
+        if self.qk_norm is not None:
+            qk = self.qk_norm(qk)
+        q, k = apply_rotary(qk, *cos_sin).flatten(1).split((self.q_size, self.kv_size), dim=-1)
+        return self.o_proj(self.attn(q, k, v, metadata))
+
+
+class LlamaDecoderLayer(nn.Module):
+    """Attention and MLP, each behind a norm and added to the residual stream."""
+
+    def __init__(
+        self, hf_config: Any, layer_idx: int, *, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        super().__init__()
+        size, eps = hf_config.hidden_size, hf_config.rms_norm_eps
+        self.input_layernorm = RMSNorm(size, eps, dtype=dtype, device=device)
+        self.self_attn = self.make_attention(hf_config, layer_idx, dtype=dtype, device=device)
+        self.post_attention_layernorm = RMSNorm(size, eps, dtype=dtype, device=device)
+        mlp_bias = getattr(hf_config, "mlp_bias", False)
+        self.mlp = LlamaMLP(hf_config, bias=mlp_bias, dtype=dtype, device=device)
+
+    def make_attention(self, hf_config: Any, layer_idx: int, **where: Any) -> LlamaAttention:
+        """What the architectures of this family differ in; `where` is dtype and device."""
+        bias = getattr(hf_config, "attention_bias", False)
+        return LlamaAttention(hf_config, layer_idx, qkv_bias=bias, out_bias=bias, **where)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        cos_sin: CosSin,
+        metadata: AttentionMetadata,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(hidden, residual) -> (hidden, residual), all [T, hidden]; no residual before the first layer."""
+        if residual is None:
+            hidden, residual = self.input_layernorm(hidden), hidden
+        else:
+            hidden, residual = self.input_layernorm(hidden, residual)
+        hidden = self.self_attn(hidden, cos_sin, metadata)
+        hidden, residual = self.post_attention_layernorm(hidden, residual)
+        return self.mlp(hidden), residual
+
+
+class LlamaModel(nn.Module):
+    """Embedding, decoder layers, final norm."""
+
+    def __init__(
+        self,
+        hf_config: Any,
+        layer_class: type[LlamaDecoderLayer],
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        max_model_len: int,
+    ) -> None:
+        super().__init__()
+        size = hf_config.hidden_size
+        self.embed_tokens = TokenEmbedding(hf_config.vocab_size, size, dtype=dtype, device=device)
+        self.layers = nn.ModuleList(
+            layer_class(hf_config, i, dtype=dtype, device=device) for i in range(hf_config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(size, hf_config.rms_norm_eps, dtype=dtype, device=device)
+        self.rotary = RotaryEmbedding(hf_config, max_model_len=max_model_len, dtype=dtype, device=device)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        metadata: AttentionMetadata,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        cos_sin = self.rotary(positions)
+        residual = None
+        for layer in self.layers:
+            hidden, residual = layer(hidden, residual, cos_sin, metadata)
+        return self.norm(hidden, residual)[0]
+
+
+class LlamaForCausalLM(CausalLM):
+    """A Llama-like decoder with a language-model head, tied to the embedding or not.
+
+    `max_model_len` is the number of positions that rotary angles are kept for.
+    """
+
+    layer_class: type[LlamaDecoderLayer] = LlamaDecoderLayer
+
+    def __init__(
+        self, hf_config: Any, *, dtype: torch.dtype, device: torch.device | str, max_model_len: int
+    ) -> None:
+        super().__init__()
+        self.model = LlamaModel(
+            hf_config, self.layer_class, dtype=dtype, device=device, max_model_len=max_model_len
+        )
+        self.lm_head: Linear | None = None
+        if not hf_config.tie_word_embeddings:
+            self.lm_head = Linear(
+                hf_config.hidden_size, hf_config.vocab_size, bias=False, dtype=dtype, device=device
+            )
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        metadata: AttentionMetadata,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return self.model(input_ids, positions, metadata, inputs_embeds)
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.lm_head is not None:
+            return self.lm_head(hidden)
+        return F.linear(hidden, self.embedding_weight())
+
+    def embedding_weight(self) -> torch.Tensor:
+        return self.model.embed_tokens.weight
+
+
+class MistralDecoderLayer(LlamaDecoderLayer):
+    """A token sees the last `sliding_window` tokens, itself included; None (v0.2 and later): all."""
+
+    def make_attention(self, hf_config: Any, layer_idx: int, **where: Any) -> LlamaAttention:
+        return LlamaAttention(hf_config, layer_idx, sliding_window=hf_config.sliding_window, **where)
+
+
+class MistralForCausalLM(LlamaForCausalLM):
+    """Llama with sliding-window attention in every layer."""
+
+    layer_class = MistralDecoderLayer

@@ -1,0 +1,126 @@
+"""The plain-torch truth for every kernel: same names, same arguments, written to be obviously right.
+
+Owns the meaning of the paged KV cache operations; a kernel is correct when it agrees with the function
+of its name here. Invariant: results depend only on cache slots that a query may attend to, so a slot
+nobody wrote can hold anything, NaN included. Arithmetic is float32, or float64 for float64 inputs.
+Loops over requests and query tokens on the host; not meant to be fast.
+
+vLLM: tests/kernels/attention/test_attention.py (`ref_single_query_cached_kv_attention`) and
+test_triton_unified_attention.py (`ref_paged_attn`).
+"""
+
+import torch
+from torch import Tensor
+
+
+def reshape_and_cache(
+    key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
+) -> None:
+    """Write each token's key and value into its cache slot, in place.
+
+    Args:
+        key, value: [T, Hkv, D].
+        k_cache, v_cache: [NB, BS, Hkv, D], any strides; written.
+        slot_mapping: int64 [T]; slot = block * BS + offset in the block, -1 = do not write this row.
+    """
+    block_size = k_cache.shape[1]
+    for token, slot in enumerate(slot_mapping.tolist()):
+        if slot >= 0:
+            k_cache[slot // block_size, slot % block_size] = key[token]
+            v_cache[slot // block_size, slot % block_size] = value[token]
+
+
+def paged_attention_decode(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    *,
+    sliding_window: int | None = None,
+    num_splits: int | None = None,
+    max_seq_len: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Attention of one query token per request, the last token of its sequence.
+
+    Args:
+        query: [B, H, D].
+        k_cache, v_cache: [NB, BS, Hkv, D]; H is a multiple of Hkv.
+        block_table: int32 [B, MB]; block_table[b, i] holds tokens i*BS .. (i+1)*BS-1 of request b.
+        seq_lens: int32 [B], tokens in the cache, the query's own included; 0 gives a zero row.
+        scale: factor on the scores, usually D ** -0.5.
+        sliding_window: attend to at most this many tokens, the query's own included.
+        num_splits, max_seq_len: how a kernel divides its work; the result does not depend on them.
+        out: [B, H, D], written if given.
+
+    Returns:
+        [B, H, D], `out` if given.
+    """
+    query_start_loc = torch.arange(len(query) + 1, dtype=torch.int32, device=query.device)
+    return paged_attention_varlen(
+        query, k_cache, v_cache, block_table, seq_lens, query_start_loc, scale,
+        max_query_len=1, sliding_window=sliding_window, out=out,
+    )  # fmt: skip
+
+
+def paged_attention_varlen(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    scale: float,
+    *,
+    max_query_len: int,
+    sliding_window: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of a ragged batch: each request brings any number of its newest tokens.
+
+    Query i of request b is the token at position seq_lens[b] - query_len[b] + i and attends to every
+    position p up to its own (p > own - sliding_window with a window).
+
+    Args:
+        query: [T, H, D], the requests' tokens one after another.
+        k_cache, v_cache, block_table, scale, sliding_window: as in `paged_attention_decode`.
+        seq_lens: int32 [B], tokens in the cache, this step's included.
+        query_start_loc: int32 [B+1], non-decreasing from 0; request b owns rows
+            query_start_loc[b] .. query_start_loc[b+1]-1 (none for a padding request).
+        max_query_len: the longest of them, known to the host; sizes a kernel's tiles.
+        out: [T, H, D], written if given. Rows that no request owns are left as they are; without
+            `out` they are zero.
+
+    Returns:
+        [T, H, D], `out` if given. A query that may attend to nothing gives a zero row.
+    """
+    if out is None:
+        out = torch.zeros_like(query, memory_format=torch.contiguous_format)
+    compute_dtype = torch.promote_types(query.dtype, torch.float32)
+    block_size, num_kv_heads = k_cache.shape[1:3]
+    queries_per_kv = query.shape[1] // num_kv_heads
+    starts = query_start_loc.tolist()
+
+    for request, seq_len in enumerate(seq_lens.tolist()):
+        query_len = starts[request + 1] - starts[request]
+        for i in range(query_len):
+            row = starts[request] + i
+            last = seq_len - query_len + i
+            first = 0 if sliding_window is None else max(0, last - sliding_window + 1)
+            if last < first:
+                out[row] = 0
+                continue
+            # Gather what this query sees, and nothing else, out of the blocks: [keys, Hkv, D].
+            positions = torch.arange(first, last + 1, device=query.device)
+            blocks = block_table[request, positions // block_size].long()
+            keys = k_cache[blocks, positions % block_size].to(compute_dtype)
+            values = v_cache[blocks, positions % block_size].to(compute_dtype)
+            keys = keys.repeat_interleave(queries_per_kv, dim=1)
+            values = values.repeat_interleave(queries_per_kv, dim=1)
+
+            scores = torch.einsum("hd,nhd->hn", query[row].to(compute_dtype), keys) * scale
+            weights = torch.softmax(scores, dim=-1)
+            out[row] = torch.einsum("hn,nhd->hd", weights, values).to(out.dtype)
+    return out
