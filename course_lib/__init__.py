@@ -4,6 +4,8 @@
 the command line can start on a bare Python and tools can look around without loading torch.
 """
 
+from __future__ import annotations
+
 from importlib import import_module
 from typing import Any
 

@@ -1,0 +1,1 @@
+"""Benchmarks: ratios within one run, with repeats, written down as ledgers."""

@@ -1,0 +1,23 @@
+"""Shared by every test: thread counts that fit the machine, no hub, and the course model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before anything imports torch. A container may own fewer cores than torch would count, and more threads than
+# cores, or than these small tensors have use for, make every test slower.
+_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+os.environ.setdefault("OMP_NUM_THREADS", str(min(4, _CORES)))
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a hub
+
+
+@pytest.fixture(scope="session")
+def course_model_path() -> Path:
+    """The folder of the converted course model; made once and kept in the cache."""
+    from course_lib.model_store import COURSE_MODEL, resolve_model
+
+    return resolve_model(COURSE_MODEL)
