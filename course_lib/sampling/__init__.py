@@ -1,0 +1,1 @@
+"""From logits to token ids: masks, penalties, truncation and the random draw (floor 3)."""
