@@ -19,6 +19,10 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     throughput.add_argument("--model", default=None, help="folder or model id (default: the course model)")
     throughput.add_argument("--dtype", default="auto")
     throughput.add_argument("--num-prompts", type=int, default=64)
+    throughput.add_argument(
+        "--input-len", type=int, nargs=2, default=(16, 64), metavar=("SHORTEST", "LONGEST"),
+        help="prompt lengths, uniform in between (default 16 64)",
+    )  # fmt: skip
     throughput.add_argument("--output-len", type=int, default=64, help="new tokens per prompt (default 64)")
     throughput.add_argument("--repeats", type=int, default=3)
     throughput.add_argument("--peer", choices=("transformers",), default=None, help="measure against it, in turn")
@@ -43,8 +47,8 @@ def _throughput(args: argparse.Namespace) -> dict[str, Any]:
     from course_lib.bench.throughput import measure_throughput
 
     rates = measure_throughput(
-        model=args.model, dtype=args.dtype, num_prompts=args.num_prompts, output_len=args.output_len,
-        repeats=args.repeats, peer=args.peer,
+        model=args.model, dtype=args.dtype, num_prompts=args.num_prompts, input_len=tuple(args.input_len),
+        output_len=args.output_len, repeats=args.repeats, peer=args.peer,
     )  # fmt: skip
     for side, values in rates.items():
         print(f"{side:<14} {_spread(values, 1, 'output tokens/s')}")

@@ -13,15 +13,25 @@ from course_lib.bench.workloads import random_prompts
 
 
 def measure_throughput(
-    *, model: str | None, dtype: str, num_prompts: int, output_len: int, repeats: int, peer: str | None
+    *,
+    model: str | None,
+    dtype: str,
+    num_prompts: int,
+    input_len: tuple[int, int],
+    output_len: int,
+    repeats: int,
+    peer: str | None,
 ) -> dict[str, list[float]]:
-    """Output tokens/s of each repeat, by side ("course_lib", and the peer if one is named)."""
+    """Output tokens/s of each repeat, by side ("course_lib", and the peer if one is named).
+
+    `input_len`: shortest and longest prompt, in tokens; lengths are uniform in between.
+    """
     from course_lib import LLM
 
     named = {} if model is None else {"model": model}
     llm = LLM(**named, dtype=dtype, max_model_len=2048)
     config = llm.llm_engine.config
-    prompts = random_prompts(num_prompts, 16, 64, config.model.vocab_size)
+    prompts = random_prompts(num_prompts, *input_len, config.model.vocab_size)
     hf_model = _load_transformers(config) if peer == "transformers" else None
     results: dict[str, list[float]] = {"course_lib": []}
     _run_engine(llm, prompts, 2)  # both sides warm up: lazy imports, memory pages

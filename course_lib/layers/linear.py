@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from course_lib.layers.packed import linear
 from course_lib.layers.weights import FusedModule, WeightSlot, stacked_rows
 
 
@@ -40,7 +40,7 @@ class Linear(nn.Module):
         self.bias = frozen(out_features, dtype=dtype, device=device) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
 class MergedLinear(FusedModule):
@@ -66,7 +66,7 @@ class MergedLinear(FusedModule):
         self.bias = frozen(sum(out_sizes), dtype=dtype, device=device) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
     def parts(self) -> Iterator[tuple[str, WeightSlot]]:
         for (name, rows), size in zip(stacked_rows(self.names, self.out_sizes), self.out_sizes, strict=True):

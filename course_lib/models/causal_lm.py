@@ -7,7 +7,7 @@ a trainer may send a few at a time. vLLM: the `load_weights` methods of `model_e
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 
 import torch
@@ -16,6 +16,8 @@ from torch import nn
 from course_lib.attention.layer import Attention
 from course_lib.attention.metadata import AttentionMetadata
 from course_lib.errors import CorruptModelError, UnsupportedModelError
+from course_lib.layers.linear import Linear, MergedLinear
+from course_lib.layers.packed import can_pack, linear, pack
 from course_lib.layers.weights import WeightSlot, checkpoint_slots
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -23,7 +25,11 @@ TIED_HEAD = "lm_head.weight"
 
 
 class CausalLM(nn.Module):
-    """Base of the architectures; a subclass builds the layers and defines the two methods below."""
+    """Base of the architectures; a subclass builds the layers and defines the three methods below."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packed_head: torch.Tensor | None = None
 
     def forward(
         self,
@@ -47,6 +53,36 @@ class CausalLM(nn.Module):
         """The token embedding table [vocab, hidden]."""
         raise NotImplementedError
 
+    def tied_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits by the embedding table itself, hidden [N, hidden] -> [N, vocab]."""
+        head = self.embedding_weight() if self.packed_head is None else self.packed_head
+        return linear(hidden, head)
+
+    def pack_weights(self) -> None:
+        """Lay the weights of all matrix products out for this CPU; does nothing where that is not possible.
+
+        A tied head gets a packed copy of the table, whose plain rows the embedding still looks up.
+        """
+        table = self.embedding_weight()
+        if not can_pack(table.dtype, table.device):
+            return
+        if TIED_HEAD not in self.slots:
+            self.packed_head = pack(table)
+        self.__dict__.pop("slots", None)  # they would keep every plain weight alive beside its packed one
+        for module in self._linears():
+            module.weight = nn.Parameter(pack(module.weight), requires_grad=False)
+
+    def unpack_weights(self) -> None:
+        """Undo `pack_weights`, so that weights can be read as matrices or replaced."""
+        for module in self._linears():
+            if module.weight.is_mkldnn:
+                module.weight = nn.Parameter(module.weight.to_dense(), requires_grad=False)
+        self.packed_head = None
+        self.__dict__.pop("slots", None)
+
+    def _linears(self) -> Iterator[Linear | MergedLinear]:
+        return (module for module in self.modules() if isinstance(module, Linear | MergedLinear))
+
     def attention_layers(self) -> list[Attention]:
         """The attention layers in layer order; the runner binds a KV cache to each."""
         return [module for module in self.modules() if isinstance(module, Attention)]
@@ -63,6 +99,9 @@ class CausalLM(nn.Module):
         old checkpoints' `rotary_emb.inv_freq`, and a stored copy of the tied head. CorruptModelError for
         an unknown, repeated or misshapen tensor; UnsupportedModelError for one that is not float.
         """
+        was_packed = self.packed_head is not None or any(module.weight.is_mkldnn for module in self._linears())
+        if was_packed:
+            self.unpack_weights()
         filled: set[str] = set()
         tied_head: torch.Tensor | None = None
         for name, tensor in weights:
@@ -77,6 +116,8 @@ class CausalLM(nn.Module):
         table = self.embedding_weight()
         if tied_head is not None and any(self.slots[name].parameter is table for name in filled):
             self._check_tied_head(tied_head)
+        if was_packed:
+            self.pack_weights()
         return filled
 
     def _check_tensor(self, name: str, tensor: torch.Tensor, filled: set[str]) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from course_lib.attention.layer import Attention
@@ -202,7 +201,7 @@ class LlamaForCausalLM(CausalLM):
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         if self.lm_head is not None:
             return self.lm_head(hidden)
-        return F.linear(hidden, self.embedding_weight())
+        return self.tied_logits(hidden)
 
     def embedding_weight(self) -> torch.Tensor:
         return self.model.embed_tokens.weight

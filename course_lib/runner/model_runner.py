@@ -58,6 +58,7 @@ class ModelRunner:
             model.path, model.hf_config, dtype=self.dtype, device=self.device,
             max_model_len=model.max_model_len, load_format=model.load_format, seed=model.seed,
         )  # fmt: skip
+        self.model.pack_weights()
 
     def initialize_cache(self, num_blocks: int) -> None:
         """Allocate the paged cache and bind it to the model's attention layers."""

@@ -1,0 +1,62 @@
+"""Weights packed for the CPU: the same products, and weights can still be read and replaced."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from course_lib.layers.packed import can_pack, linear, pack
+from course_lib.models.loader import load_model, read_tensors
+
+CPU = torch.device("cpu")
+needs_packing = pytest.mark.skipif(not can_pack(torch.float32, CPU), reason="oneDNN packs nothing on this processor")
+
+
+@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, LlamaConfig]:
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=80, hidden_size=48, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, attention_bias=True, tie_word_embeddings=request.param,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    return tmp_path, config
+
+
+@needs_packing
+@pytest.mark.parametrize("rows", [0, 1, 3, 64, 300])
+def test_packed_products_equal_plain_ones(rows: int) -> None:
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(50, 36), torch.randn(50), torch.randn(rows, 36)
+    expected = (x.double() @ weight.double().T + bias.double()).float()
+    torch.testing.assert_close(linear(x, pack(weight), bias), expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(pack(weight).to_dense(), weight)
+
+
+@needs_packing
+def test_a_packed_model_holds_the_same_weights_and_takes_new_ones(checkpoint: tuple[Path, LlamaConfig]) -> None:
+    path, config = checkpoint
+    model = load_model(path, config, torch.float32, CPU)
+    plain = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    hidden = torch.randn(5, 48)
+    logits = model.compute_logits(hidden)
+    model.pack_weights()
+    assert model.model.layers[0].mlp.down_proj.weight.is_mkldnn
+    torch.testing.assert_close(model.compute_logits(hidden), logits, atol=1e-5, rtol=1e-5)
+    model.load_weights((name, tensor * 2) for name, tensor in read_tensors(path / "model.safetensors"))
+    assert model.model.layers[0].mlp.down_proj.weight.is_mkldnn  # packed again
+    model.unpack_weights()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, plain[name] * 2), name
+
+
+def test_where_packing_is_impossible_nothing_changes(checkpoint: tuple[Path, LlamaConfig]) -> None:
+    path, config = checkpoint
+    if can_pack(torch.float64, CPU):
+        pytest.skip("this oneDNN packs float64")
+    model = load_model(path, config, torch.float64, CPU)
+    model.pack_weights()
+    assert not model.model.layers[0].mlp.down_proj.weight.is_mkldnn
