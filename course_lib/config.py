@@ -3,18 +3,111 @@
 `EngineArgs` (what a person types) resolves once into an `EngineConfig` (what the rooms read). Here
 every number is final and every combination is one that works; nothing below looks at defaults,
 environment variables or "auto" again. Dtypes are names ("float32"), so that reading a configuration
-does not load torch.
+does not load torch. The two JSON files of a model are read and checked here, once.
 
 vLLM: `vllm/config/`.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from course_lib.errors import CorruptModelError, UnsupportedModelError
+from course_lib.sampling_params import SamplingParams
+
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+# What generation_config.json may say about sampling, in the words of `SamplingParams`.
+_SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+# Words that transformers' loader would take for itself instead of as entries of config.json.
+_LOADER_WORDS = (
+    "trust_remote_code", "code_revision", "revision", "cache_dir", "token", "subfolder", "force_download",
+    "local_files_only", "proxies", "return_unused_kwargs", "gguf_file",
+)  # fmt: skip
+_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings",
+)  # fmt: skip
+
+
+def read_hf_config(folder: Path, overrides: dict[str, Any] | None = None) -> Any:
+    """The model's `PretrainedConfig` from config.json, some entries replaced. Runs no code of the folder.
+
+    Raises:
+        CorruptModelError: the file is no configuration, or one with impossible sizes.
+        UnsupportedModelError: transformers does not know the model, or only by code that comes with it.
+        ValueError: the same with `overrides`, which may be the cause; or one that is no entry of config.json.
+    """
+    from transformers import AutoConfig
+
+    overrides = overrides or {}
+    for name in overrides:
+        if not isinstance(name, str) or name in _LOADER_WORDS:
+            raise ValueError(f"hf_overrides cannot set {name!r}: it is no entry of config.json; leave it out")
+    file = folder / "config.json"
+    stored = _read_json(file)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **overrides)
+        _check_sizes(config)
+    except Exception as error:  # wrong types and sizes surface as many kinds, ZeroDivisionError among them
+        what = " ".join(str(error).split())
+        if "auto_map" in stored and isinstance(error, ValueError):
+            raise UnsupportedModelError(
+                f"{file} needs code that comes with the checkpoint (auto_map), and code from checkpoints is "
+                "never run: use a checkpoint whose architecture transformers knows"
+            ) from error
+        if overrides:
+            raise ValueError(f"hf_overrides={overrides!r} and {file} do not make a model: {what}") from error
+        if isinstance(error, ValueError):
+            raise UnsupportedModelError(f"{file}: transformers cannot make a model of it: {what}") from error
+        raise CorruptModelError(f"{file} is no usable configuration ({what}): fetch it again") from error
+    return config
+
+
+def read_generation_defaults(folder: Path) -> dict[str, Any]:
+    """generation_config.json, checked as far as it is used; {} without one. Raises CorruptModelError."""
+    file = folder / "generation_config.json"
+    if not file.exists():
+        return {}
+    defaults = _read_json(file)
+    end = defaults.get("eos_token_id")
+    ends = end if isinstance(end, list) else [] if end is None else [end]
+    try:
+        if not all(isinstance(t, int) and not isinstance(t, bool) and t >= 0 for t in ends):
+            raise ValueError(f"eos_token_id must be a token id or a list of them, not {end!r}")
+        sampling = {name: defaults[name] for name in _SAMPLING_DEFAULTS if defaults.get(name) is not None}
+        SamplingParams(**sampling, max_tokens=defaults.get("max_new_tokens") or None)
+    except (TypeError, ValueError) as error:
+        raise CorruptModelError(f"{file}: {error} Correct or delete the file.") from error
+    return defaults
+
+
+class _BadSizeError(Exception):
+    """A size in config.json that no model can have."""
+
+
+def _check_sizes(config: Any) -> None:
+    for name in _SIZES:
+        size = getattr(config, name, None)
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            raise _BadSizeError(f"{name} must be an integer of at least 1, not {size!r}")
+    heads = getattr(config, "num_attention_heads", None)
+    kv_heads = getattr(config, "num_key_value_heads", None)
+    if heads and kv_heads and heads % kv_heads:
+        raise _BadSizeError(f"num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise CorruptModelError(f"{file} is cut off, or no JSON text ({error}): fetch it again") from error
+    if not isinstance(value, dict):
+        raise CorruptModelError(f"{file} must hold a JSON object, not {type(value).__name__}: fetch it again")
+    return value
 
 
 @dataclass(frozen=True)
@@ -53,11 +146,13 @@ class ModelConfig:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """All end-of-sequence ids; generation_config.json wins over config.json, as in vLLM."""
-        value = self.generation_defaults.get("eos_token_id", getattr(self.hf_config, "eos_token_id", None))
+        """End-of-sequence ids of the model's files; generation_config.json, if it has any, wins over
+        config.json, as in vLLM. Ids beyond the vocabulary, which no model can generate, are left out."""
+        value = self.generation_defaults.get("eos_token_id")
         if value is None:
-            return ()
-        return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+            value = getattr(self.hf_config, "eos_token_id", None)
+        ids = value if isinstance(value, (list, tuple)) else () if value is None else (value,)
+        return tuple(dict.fromkeys(t for t in ids if 0 <= t < self.vocab_size))
 
     @property
     def kv_bytes_per_token(self) -> int:

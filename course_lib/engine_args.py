@@ -19,8 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from course_lib.config import DTYPE_BYTES, CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
-from course_lib.errors import UnsupportedModelError
+from course_lib.config import (
+    DTYPE_BYTES,
+    CacheConfig,
+    EngineConfig,
+    ModelConfig,
+    SchedulerConfig,
+    read_generation_defaults,
+    read_hf_config,
+)
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -32,6 +39,8 @@ _LATER: dict[str, tuple[Any, str]] = {
     "distributed_executor_backend": (None, 'only "uni" (this process) exists; leave it out'),
     "quantization": (None, "weights run in float32, float16 or bfloat16; choose with dtype="),
     "enable_lora": (False, "adapters cannot be loaded; merge the adapter into the weights first"),
+    "max_loras": (1, "adapters cannot be loaded; leave it out"),
+    "max_lora_rank": (16, "adapters cannot be loaded; leave it out"),
     "speculative_config": (None, "there is no speculative decoding yet; leave it out"),
     "kv_transfer_config": (None, "the cache cannot be moved between engines yet; leave it out"),
     "limit_mm_per_prompt": (None, "prompts are text only; leave it out"),
@@ -44,6 +53,22 @@ _LATER: dict[str, tuple[Any, str]] = {
 
 _DTYPES = ("auto", "float32", "float", "float16", "half", "bfloat16")
 _DTYPE_ALIASES = {"float": "float32", "half": "float16"}
+_DEFAULT_UTILIZATION = 0.9
+_MOST_TOKENS = 1 << 24  # of a request or of a step: more than any model takes
+_MOST_SLOTS = 2**31 - 1  # tokens in the cache: their numbers are 32 bits wide
+_MOST_TABLE_ENTRIES = 1 << 32  # max_num_seqs * max_model_len: the token table's cells
+# Integers: name -> (lowest, highest). Those with a default of None may be None, and so may the seed.
+_RANGES: dict[str, tuple[int, int]] = {
+    "max_model_len": (1, _MOST_TOKENS),
+    "num_gpu_blocks_override": (1, _MOST_SLOTS),
+    "kv_cache_memory_bytes": (1, 2**63 - 1),
+    "max_num_seqs": (1, 1 << 16),
+    "max_num_batched_tokens": (1, _MOST_TOKENS),
+    "long_prefill_token_threshold": (0, _MOST_TOKENS),
+    "max_logprobs": (-1, 2**31 - 1),
+    "block_size": (1, 256),
+    "seed": (0, 2**64 - 1),  # what torch's generators take
+}
 
 
 @dataclass
@@ -55,16 +80,18 @@ class EngineArgs:
     skip_tokenizer_init: bool = False
     trust_remote_code: bool = False
     revision: str | None = None
+    task: str = "auto"
+    runner: str = "auto"
     dtype: str = "auto"
     seed: int | None = 0
     max_model_len: int | None = None
     block_size: int = 16
     num_gpu_blocks_override: int | None = None
     kv_cache_memory_bytes: int | None = None
-    gpu_memory_utilization: float = 0.9
+    gpu_memory_utilization: float = _DEFAULT_UTILIZATION
     swap_space: float = 0
     cpu_offload_gb: float = 0
-    max_num_seqs: int = 256
+    max_num_seqs: int | None = None  # None: 256, or max_num_batched_tokens if that is less
     max_num_batched_tokens: int | None = None
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
@@ -83,6 +110,8 @@ class EngineArgs:
     distributed_executor_backend: str | None = None
     quantization: str | None = None
     enable_lora: bool = False
+    max_loras: int = 1
+    max_lora_rank: int = 16
     speculative_config: dict[str, Any] | None = None
     kv_transfer_config: dict[str, Any] | None = None
     limit_mm_per_prompt: dict[str, int] | None = None
@@ -133,16 +162,22 @@ class EngineArgs:
         self._refuse_later_arguments()
         self._check_types_and_ranges()
         device = _resolve_device(self.device)
+        if device == "cpu" and self.gpu_memory_utilization != _DEFAULT_UTILIZATION:
+            raise ValueError(
+                f"gpu_memory_utilization={self.gpu_memory_utilization} means nothing on a CPU: set "
+                f"kv_cache_memory_bytes"
+            )
         model = self._resolve_model(device)
         batched = self.max_num_batched_tokens
+        num_seqs = self.max_num_seqs or min(256, batched or 256)
         if batched is None:
             batched = 2048 if device == "cpu" else 8192
-            batched = max(batched, self.max_num_seqs)
+            batched = max(batched, num_seqs)
             if not self.enable_chunked_prefill:
                 batched = max(batched, model.max_model_len)
-        if batched < self.max_num_seqs:
+        if batched < num_seqs:
             raise ValueError(
-                f"max_num_batched_tokens={batched} is below max_num_seqs={self.max_num_seqs}: each running "
+                f"max_num_batched_tokens={batched} is below max_num_seqs={num_seqs}: each running "
                 f"request needs one token a step; raise the first or lower the second"
             )
         if not self.enable_chunked_prefill and batched < model.max_model_len:
@@ -150,6 +185,11 @@ class EngineArgs:
                 f"max_num_batched_tokens={batched} is below max_model_len={model.max_model_len} while "
                 f"enable_chunked_prefill=False: a long prompt could never be scheduled; raise it, lower "
                 f"max_model_len, or enable chunked prefill"
+            )
+        if num_seqs * model.max_model_len > _MOST_TABLE_ENTRIES:
+            raise ValueError(
+                f"max_num_seqs={num_seqs} requests of max_model_len={model.max_model_len} tokens need a table "
+                f"of more than {_MOST_TABLE_ENTRIES} tokens: lower one of them"
             )
         return EngineConfig(
             model=model,
@@ -161,7 +201,7 @@ class EngineArgs:
                 enable_prefix_caching=self.enable_prefix_caching,
             ),
             scheduler=SchedulerConfig(
-                max_num_seqs=self.max_num_seqs,
+                max_num_seqs=num_seqs,
                 max_num_batched_tokens=batched,
                 max_model_len=model.max_model_len,
                 enable_chunked_prefill=self.enable_chunked_prefill,
@@ -189,49 +229,49 @@ class EngineArgs:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}")
-        for name, low in (
-            ("max_model_len", 1), ("num_gpu_blocks_override", 1), ("kv_cache_memory_bytes", 1),
-            ("max_num_seqs", 1), ("max_num_batched_tokens", 1), ("long_prefill_token_threshold", 0),
-            ("max_logprobs", -1), ("block_size", 1), ("seed", 0),
-        ):  # fmt: skip
+        for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
-            if value is None and name not in ("max_num_seqs", "block_size", "max_logprobs"):
+            if value is None and (name == "seed" or getattr(EngineArgs, name) is None):
                 continue
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name} must be an integer, not {value!r}")
-            if value < low:
-                raise ValueError(f"{name}={value} is out of range: it must be at least {low}")
-        if self.block_size > 256 or self.block_size & (self.block_size - 1):
+            if not low <= value <= high and name != "block_size":
+                raise ValueError(f"{name}={value} is out of range: it must be from {low} to {high}")
+        if not 1 <= self.block_size <= 256 or self.block_size & (self.block_size - 1):
             raise ValueError(f"block_size={self.block_size} must be a power of two from 1 to 256, such as 16")
+        if (self.num_gpu_blocks_override or 0) * self.block_size > _MOST_SLOTS:
+            raise ValueError(
+                f"num_gpu_blocks_override={self.num_gpu_blocks_override} is out of range: with block_size="
+                f"{self.block_size} it must be at most {_MOST_SLOTS // self.block_size}"
+            )
+        if self.long_prefill_token_threshold and not self.enable_chunked_prefill:
+            raise ValueError(
+                f"long_prefill_token_threshold={self.long_prefill_token_threshold} cuts prompts into chunks, "
+                f"which enable_chunked_prefill=False forbids: leave one of them out"
+            )
+        if self.revision is not None and (not isinstance(self.revision, str) or not self.revision):
+            raise TypeError(f"revision must be a branch, tag or commit, not {self.revision!r}")
         utilization = self.gpu_memory_utilization
-        if not isinstance(utilization, (int, float)) or not math.isfinite(utilization) or not 0 < utilization <= 1:
+        number = isinstance(utilization, (int, float)) and not isinstance(utilization, bool)
+        if not number or not math.isfinite(utilization) or not 0 < utilization <= 1:
             raise ValueError(f"gpu_memory_utilization={utilization!r} must be above 0 and at most 1")
         if self.hf_overrides is not None and not isinstance(self.hf_overrides, dict):
             raise TypeError("hf_overrides must be a dict of config.json entries to replace")
 
     def _resolve_model(self, device: str) -> ModelConfig:
-        from transformers import AutoConfig
-
         from course_lib.model_store.resolve import resolve_model
 
         if not isinstance(self.model, (str, Path)) or not str(self.model):
             raise TypeError(f"model must be a folder or a model id such as {DEFAULT_MODEL!r}, not {self.model!r}")
         path = resolve_model(str(self.model), revision=self.revision)
         tokenizer_path = path if self.tokenizer is None else resolve_model(str(self.tokenizer))
-        try:
-            hf_config = AutoConfig.from_pretrained(path, **(self.hf_overrides or {}))
-        except (ValueError, KeyError) as error:
-            raise UnsupportedModelError(
-                f"model={self.model!r}: transformers cannot read its config.json ({error})"
-            ) from error
-        generation_file = path / "generation_config.json"
-        defaults = json.loads(generation_file.read_text()) if generation_file.exists() else {}
+        hf_config = read_hf_config(path, self.hf_overrides)
         return ModelConfig(
             model=str(self.model),
             path=path,
             tokenizer_path=tokenizer_path,
             hf_config=hf_config,
-            generation_defaults=defaults,
+            generation_defaults=read_generation_defaults(path),
             dtype=_resolve_dtype(self.dtype, hf_config, device),
             max_model_len=self._resolve_max_model_len(hf_config),
             seed=self.seed or 0,
@@ -259,6 +299,8 @@ class EngineArgs:
 AsyncEngineArgs = EngineArgs
 
 _CHOICES: dict[str, tuple[str, ...]] = {
+    "task": ("auto", "generate"),
+    "runner": ("auto", "generate"),
     "dtype": _DTYPES,
     "scheduling_policy": ("fcfs", "priority"),
     "device": ("auto", "cpu", "cuda"),

@@ -7,6 +7,7 @@ no number here: `top_k=True` is a mistake.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
@@ -47,6 +48,18 @@ def boolean(name: str, value: Any) -> bool:
     raise TypeError(f"{name} must be True or False, got {value!r} ({type(value).__name__}).")
 
 
+def unicode_text(name: str, value: str) -> str:
+    """`value`, unless it holds half of a surrogate pair: such a string has no bytes, hence no tokens."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} is not valid Unicode text: character {error.start} is half of a surrogate pair; "
+            "decode the text with errors='replace', or remove the character."
+        ) from None
+    return value
+
+
 def strings(name: str, value: Any) -> list[str]:
     """None, one string or several -> a list without doubles; the empty string is refused."""
     items = [] if value is None else [value] if isinstance(value, str) else value
@@ -54,7 +67,7 @@ def strings(name: str, value: Any) -> list[str]:
         raise TypeError(f"{name} must be a string or a list of strings, got {value!r}.")
     if any(not s.strip(" ") if name == "bad_words" else not s for s in items):
         raise ValueError(f"{name} cannot contain an empty string; remove it.")
-    return list(dict.fromkeys(items))
+    return list(dict.fromkeys(unicode_text(name, item) for item in items))
 
 
 def token_ids(name: str, value: Any) -> list[int]:
@@ -80,10 +93,35 @@ def logit_bias(value: Any, limit: float) -> dict[int, float]:
 
 
 def callables(name: str, value: Any) -> list[Callable]:
-    """A list of callables."""
+    """A list of callables that can be called as logits processors."""
     if not isinstance(value, (list, tuple)) or not all(callable(f) for f in value):
         raise TypeError(f"{name} must be a list of callables, got {value!r}.")
+    for function in value:
+        processor_arity(name, function)
     return list(value)
+
+
+def processor_arity(name: str, function: Callable) -> int:
+    """How many arguments a logits processor is called with: 3 or 2.
+
+    vLLM's rule is "three parameters: three arguments". Where the signature forbids that (keyword-only
+    or further default parameters), the number that fits is taken. Raises TypeError if neither does.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # many built-in functions have none
+        signature = None
+    if signature is not None:
+        for count in (3, 2) if len(signature.parameters) == 3 else (2, 3):
+            try:
+                signature.bind(*range(count))
+            except TypeError:
+                continue
+            return count
+    raise TypeError(
+        f"{name} takes functions f(output_ids, logits) or f(prompt_ids, output_ids, logits); "
+        f"{function!r:.80} cannot be called so (or has no signature that says it can); wrap it in a function that can."
+    )
 
 
 def tokenize_bad_words(words: Sequence[str], tokenizer: Any, vocab_size: int) -> list[list[int]] | None:

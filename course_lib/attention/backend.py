@@ -60,10 +60,18 @@ def zeros_on_demand(shape: tuple[int, ...], dtype: torch.dtype, device: torch.de
 
     `torch.zeros` writes every byte, so a laptop would pay for its whole cache at start-up; anonymous memory is
     zero until touched. Large pages make the first touch, which every newly used block pays, three times cheaper.
+    Raises ValueError if the memory cannot be had.
     """
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    size = math.prod(shape) * dtype.itemsize
+    try:
+        if device.type != "cpu":
+            return torch.zeros(shape, dtype=dtype, device=device)
+        memory = mmap.mmap(-1, size)
+    except (OSError, MemoryError, OverflowError, ValueError, torch.OutOfMemoryError) as error:
+        raise ValueError(
+            f"the KV cache needs {size} bytes, which cannot be had here ({error}): lower "
+            f"num_gpu_blocks_override or kv_cache_memory_bytes"
+        ) from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         try:
             memory.madvise(mmap.MADV_HUGEPAGE)

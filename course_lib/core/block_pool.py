@@ -73,16 +73,13 @@ class BlockPool:
 
     Args:
         num_blocks: how many blocks the cache tensors have.
-        enable_caching: offer full blocks for reuse.
     """
 
-    def __init__(self, num_blocks: int, enable_caching: bool = True) -> None:
+    def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        self.enable_caching = enable_caching
         self.blocks = [KVBlock(i) for i in range(num_blocks)]
         self.free_queue = FreeBlockQueue(self.blocks)
         self.cached: dict[bytes, KVBlock] = {}
-        self.num_evictions = 0
 
     @property
     def num_free(self) -> int:
@@ -95,7 +92,6 @@ class BlockPool:
             block = self.free_queue.popleft()
             if block.content_hash is not None:
                 self._forget(block)
-                self.num_evictions += 1
             block.ref_count = 1
             ids.append(block.block_id)
         return ids

@@ -24,7 +24,7 @@ from course_lib.core.request import Request
 
 @dataclass(slots=True)
 class PrefixCacheStats:
-    """Token counts since the engine started (or the last reset)."""
+    """Token counts since the engine started."""
 
     queried_tokens: int = 0
     hit_tokens: int = 0
@@ -40,7 +40,7 @@ class KVCacheManager:
     def __init__(self, num_blocks: int, block_size: int, enable_caching: bool = True) -> None:
         self.block_size = block_size
         self.enable_caching = enable_caching
-        self.pool = BlockPool(num_blocks, enable_caching)
+        self.pool = BlockPool(num_blocks)
         self.stats = PrefixCacheStats()
 
     @property

@@ -58,10 +58,6 @@ class LogprobsLists:
     logprobs: list[list[float]]  # [R][k + 1], natural log
     ranks: list[int]  # [R], 1-based rank of column 0 in the vocabulary
 
-    def slice(self, start: int, end: int) -> LogprobsLists:
-        """Rows `start:end`."""
-        return LogprobsLists(self.token_ids[start:end], self.logprobs[start:end], self.ranks[start:end])
-
 
 @dataclass(slots=True)
 class ModelRunnerOutput:
@@ -85,5 +81,5 @@ class EngineCoreOutput:
     logprobs: LogprobsLists | None = None  # one row per new token
     prompt_logprobs: LogprobsLists | None = None
     num_cached_tokens: int = 0
-    first_scheduled_time: float = 0.0  # seconds, `time.monotonic`
+    first_scheduled_time: float = 0.0  # seconds, `time.time`
     num_preemptions: int = 0

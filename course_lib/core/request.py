@@ -45,7 +45,7 @@ class Request:
         prompt_token_ids: at least one token.
         sampling_params: validated; `max_tokens` already resolved to a number.
         eos_token_id: the token that ends generation unless `ignore_eos`.
-        arrival_time: seconds, any monotonic origin; orders requests of equal priority.
+        arrival_time: seconds (`time.time`); orders requests of equal priority.
         priority: smaller is served first (only under the "priority" policy).
         cache_salt: requests share cached prefixes only with requests of the same salt.
     """

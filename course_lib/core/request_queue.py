@@ -49,18 +49,20 @@ def priority_key(request: Request) -> tuple[int, float]:
 
 
 class PriorityQueue:
-    """Smallest `priority` first; among equals, earliest arrival."""
+    """Smallest `priority` first; among equals, earliest arrival; among those, the order they were added in."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[tuple[int, float], int, Request]] = []
-        self._count = 0  # breaks ties, so that requests themselves are never compared
+        self._last = 0  # counts up behind, and down in front, so that requests themselves are never compared
+        self._first = 0
 
     def add(self, request: Request) -> None:
-        self._count += 1
-        heapq.heappush(self._heap, (priority_key(request), self._count, request))
+        self._last += 1
+        heapq.heappush(self._heap, (priority_key(request), self._last, request))
 
-    # It arrived before anything that still waits in its class: the key alone puts it in front.
-    return_preempted = add
+    def return_preempted(self, request: Request) -> None:
+        self._first -= 1
+        heapq.heappush(self._heap, (priority_key(request), self._first, request))
 
     def peek(self) -> Request:
         return self._heap[0][2]

@@ -92,10 +92,6 @@ class Scheduler:
         self._finished_ids.add(request.request_id)
 
     @property
-    def num_unfinished_requests(self) -> int:
-        return len(self.requests)
-
-    @property
     def has_work(self) -> bool:
         """Whether a step would do anything: requests to serve, or endings the runner must hear of."""
         return bool(self.requests or self._finished_ids)
@@ -170,7 +166,7 @@ class Scheduler:
             if request.num_cached_tokens < 0:
                 request.num_cached_tokens = num_cached
                 self.kv_cache.record_lookup(request.num_tokens, num_cached)
-                request.first_scheduled_time = time.monotonic()
+                request.first_scheduled_time = time.time()
             plan[request] = (num_new, new_blocks)
             budget -= num_new
             admitted.append(request)
@@ -182,7 +178,7 @@ class Scheduler:
 
     def _choose_victim(self) -> Request:
         if self.config.policy == "priority":
-            return max(self.running, key=priority_key)
+            return max(reversed(self.running), key=priority_key)  # of equals the youngest, as under FCFS
         return self.running[-1]
 
     def _preempt(self, request: Request) -> None:

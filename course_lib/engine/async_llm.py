@@ -15,7 +15,9 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+import weakref
 from collections.abc import AsyncGenerator, Callable, Iterable
+from functools import partial
 from typing import Any
 
 from course_lib.config import EngineConfig
@@ -75,6 +77,7 @@ class AsyncLLM:
         self._frontend = Frontend(self.config, tokenizer)
         self._stat_logger = StatLogger() if config.log_stats else None
         self._streams: dict[str, OutputStream] = {}
+        self._answers: set[asyncio.Future[bool]] = set()
         # What the core's thread is to do next; None tells it to end.
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -112,7 +115,7 @@ class AsyncLLM:
         stream = OutputStream(sampling_params.output_kind is RequestOutputKind.DELTA)
         self._streams[request_id] = stream
         for request in requests:
-            self._commands.put(lambda request=request: self._core.add_request(request))
+            self._commands.put(partial(self._core.add_request, request))
         try:
             while True:
                 output = await stream.get()
@@ -133,7 +136,7 @@ class AsyncLLM:
             core_ids = outputs.core_ids(one)
             last = outputs.abort(one)
             if core_ids:
-                self._commands.put(lambda core_ids=core_ids: self._core.abort_requests(core_ids))
+                self._commands.put(partial(self._core.abort_requests, core_ids))
             if last is not None and one in self._streams:
                 self._streams[one].put(last)
 
@@ -141,10 +144,13 @@ class AsyncLLM:
         """Forget cached prefixes; False (and nothing done) while requests are running."""
         self._start()
         answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._answers.add(answer)
+        answer.add_done_callback(self._answers.discard)
+        loop, core = self._loop, self._core
 
         def reset() -> None:
-            done = self._core.scheduler.reset_prefix_cache()
-            self._post(lambda: answer.done() or answer.set_result(done))
+            done = core.scheduler.reset_prefix_cache()
+            loop.call_soon_threadsafe(lambda: answer.done() or answer.set_result(done))
 
         self._commands.put(reset)
         return await answer
@@ -188,16 +194,25 @@ class AsyncLLM:
         loop = asyncio.get_running_loop()
         if self._loop is None:
             self._loop = loop
-            self._thread = threading.Thread(target=self._run_core, name="engine-core", daemon=True)
+            self._thread = threading.Thread(
+                target=_run_core,
+                args=(self._core, self._commands, self._stat_logger, loop, weakref.ref(self)),
+                name="engine-core",
+                daemon=True,
+            )
             self._thread.start()
         elif loop is not self._loop:
             raise RuntimeError("this AsyncLLM belongs to another event loop: make one engine per loop")
 
     def _deliver(self, news: list[EngineCoreOutput]) -> None:
-        processed = self._frontend.output_processor.process(news)
+        try:
+            processed = self._frontend.output_processor.process(news)
+        except Exception as error:  # nobody would wake the waiting coroutines otherwise
+            self._die(error)
+            self._commands.put(None)
+            return
         if processed.requests_to_abort:
-            ids = processed.requests_to_abort
-            self._commands.put(lambda: self._core.abort_requests(ids))
+            self._commands.put(partial(self._core.abort_requests, processed.requests_to_abort))
         for output in processed.request_outputs:
             stream = self._streams.get(output.request_id)
             if stream is not None:
@@ -216,31 +231,55 @@ class AsyncLLM:
         self._frontend.forget_all()
         for stream in self._streams.values():
             stream.fail(self._dead())
+        for answer in list(self._answers):
+            if not answer.done():
+                answer.set_exception(self._dead())
 
-    # ---- in the core's thread -------------------------------------------------------------------
+    def __del__(self) -> None:
+        self._commands.put(None)  # an engine that was not shut down ends its thread when it is forgotten
 
-    def _run_core(self) -> None:
+
+# ---- in the core's thread, which must not keep the AsyncLLM alive -----------------------------------
+
+
+def _run_core(
+    core: EngineCore,
+    commands: queue.SimpleQueue[Callable[[], None] | None],
+    stat_logger: StatLogger | None,
+    loop: asyncio.AbstractEventLoop,
+    owner: weakref.ref[AsyncLLM],
+) -> None:
+    """Step until told to end; each step's news, and the error that ends it, go to `owner` in its loop."""
+
+    def post(call: Callable[[AsyncLLM], None]) -> None:
+        def run() -> None:
+            engine = owner()
+            if engine is not None:
+                call(engine)
+
+        loop.call_soon_threadsafe(run)
+
+    try:
+        while _take_commands(core, commands):
+            news = core.step()
+            if stat_logger is not None:
+                stat_logger.record(core, news)
+            if news:
+                post(lambda engine, news=news: engine._deliver(news))
+    except BaseException as error:
         try:
-            while self._take_commands():
-                news = self._core.step()
-                if self._stat_logger is not None:
-                    self._stat_logger.record(self._core, news)
-                if news:
-                    self._post(lambda news=news: self._deliver(news))
-        except BaseException as error:
-            self._post(lambda error=error: self._die(error))
-
-    def _take_commands(self) -> bool:
-        """Carry out all waiting commands; sleep while there is nothing at all to do. False: end."""
-        while not (self._core.has_work and self._commands.empty()):
-            command = self._commands.get()
-            if command is None:
-                return False
-            command()
-        return True
-
-    def _post(self, callback: Callable[[], None]) -> None:
-        try:
-            self._loop.call_soon_threadsafe(callback)
+            post(lambda engine, error=error: engine._die(error))
         except RuntimeError:  # the loop is closed: nobody is left to hear
-            self._commands.put(None)
+            engine = owner()
+            if engine is not None:
+                engine._error = error
+
+
+def _take_commands(core: EngineCore, commands: queue.SimpleQueue[Callable[[], None] | None]) -> bool:
+    """Carry out all waiting commands; sleep while there is nothing at all to do. False: end."""
+    while not (core.has_work and commands.empty()):
+        command = commands.get()
+        if command is None:
+            return False
+        command()
+    return True

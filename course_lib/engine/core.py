@@ -93,11 +93,13 @@ def fit_to_cache(config: EngineConfig, num_blocks: int) -> EngineConfig:
         return config
     if not config.shrink_to_fit or capacity < 2:
         needed = -(-wanted // size)
+        shorter = f"set max_model_len to at most {capacity}, or " if capacity >= 2 else ""
+        more = " or gpu_memory_utilization" if config.device == "cuda" else ""
         raise ValueError(
             f"the KV cache has {num_blocks} blocks of {size} tokens, too few for one request of "
             f"max_model_len={wanted} ({needed} blocks, "
-            f"{needed * size * config.model.kv_bytes_per_token / 2**20:.0f} MiB): set max_model_len to at most "
-            f"{capacity}, or raise kv_cache_memory_bytes, num_gpu_blocks_override or gpu_memory_utilization"
+            f"{needed * size * config.model.kv_bytes_per_token / 2**20:.0f} MiB): {shorter}"
+            f"raise kv_cache_memory_bytes, num_gpu_blocks_override{more}"
         )
     logger.warning("max_model_len lowered from %d to %d tokens, which is what the KV cache holds", wanted, capacity)
     return dataclasses.replace(

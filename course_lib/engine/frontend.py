@@ -1,10 +1,15 @@
 """What the synchronous and the asynchronous engine share: everything that touches text.
 
+The core knows a request by an id of its own, never used twice: a caller may use an id again at once after an
+abort, while the core is still inside a step that computes the old request, and news of the old one must not
+reach the new.
+
 vLLM: the code common to `vllm/v1/engine/llm_engine.py` and `async_llm.py`.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +43,7 @@ class Frontend:
         self.tokenizer = tokenizer
         self.input_processor = InputProcessor(config.model, tokenizer)
         self.output_processor = OutputProcessor(tokenizer)
+        self._serial = itertools.count()
 
     def prepare(
         self,
@@ -61,9 +67,10 @@ class Frontend:
                 f"priority={priority} has no effect under scheduling_policy='fcfs': construct the engine with "
                 f"scheduling_policy='priority'"
             )
+        request.request_id = f"{request_id}#{next(self._serial)}"
         if request.sampling_params.n == 1:
             return PreparedRequest(request_id, [request], text, None)
-        parent = ParentRequest(request_id, request.sampling_params)
+        parent = ParentRequest(request.request_id, request.sampling_params)
         children = [
             Request(
                 child_id,
@@ -83,11 +90,7 @@ class Frontend:
 
         Raises ValueError if the id belongs to an unfinished request.
         """
-        for request_id in (prepared.request_id, *(request.request_id for request in prepared.requests)):
-            if self.output_processor.is_live(request_id):
-                raise ValueError(f"request_id {request_id!r} belongs to an unfinished request: choose another")
-        for index, request in enumerate(prepared.requests):
-            self.output_processor.add_request(request, prepared.prompt, prepared.parent, index)
+        self.output_processor.add_request(prepared.request_id, prepared.requests, prepared.prompt, prepared.parent)
         return prepared.requests
 
     def forget_all(self) -> None:
@@ -104,4 +107,7 @@ class Frontend:
         """Sampling defaults that the model's authors recommend (generation_config.json), if any."""
         names = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")
         defaults = self.config.model.generation_defaults
-        return SamplingParams(**{name: defaults[name] for name in names if defaults.get(name) is not None})
+        chosen = {name: defaults[name] for name in names if defaults.get(name) is not None}
+        if defaults.get("max_new_tokens"):
+            chosen["max_tokens"] = defaults["max_new_tokens"]
+        return SamplingParams(**chosen)

@@ -16,6 +16,7 @@ from typing import Any
 from course_lib.config import ModelConfig
 from course_lib.core.request import Request
 from course_lib.prompts import PromptType
+from course_lib.sampling_checks import number, unicode_text
 from course_lib.sampling_params import SamplingParams
 
 _TEXT_KEYS = {"prompt", "prompt_token_ids", "cache_salt"}
@@ -36,6 +37,10 @@ class InputProcessor:
     def __init__(self, config: ModelConfig, tokenizer: Any | None) -> None:
         self.config = config
         self.tokenizer = tokenizer
+        # As in vLLM: the tokenizer says which token is *the* end of a sequence, the model's files add more.
+        own = getattr(tokenizer, "eos_token_id", None)
+        self.eos_token_id: int | None = own if own is not None else next(iter(config.eos_token_ids), None)
+        self.further_end_ids = [t for t in config.eos_token_ids if t != self.eos_token_id]
 
     def process(
         self,
@@ -46,6 +51,9 @@ class InputProcessor:
         priority: int = 0,
     ) -> tuple[Request, str | None]:
         """Check everything and build the request.
+
+        Args:
+            arrival_time: seconds on `time.time`'s clock; now if None.
 
         Returns:
             The request, and the prompt's text if it came as text.
@@ -59,6 +67,7 @@ class InputProcessor:
             raise TypeError(f"params must be a SamplingParams, not {type(params).__name__}")
         if not isinstance(priority, int) or isinstance(priority, bool):
             raise TypeError(f"priority must be an integer (smaller is served first), not {priority!r}")
+        arrival_time = time.time() if arrival_time is None else number("arrival_time", arrival_time)
         text, token_ids, cache_salt = self._read_prompt(prompt)
         params = self._resolve_params(params)
         if params.truncate_prompt_tokens is not None:
@@ -66,13 +75,12 @@ class InputProcessor:
         self._check_tokens(token_ids)
         if params.max_tokens is None:
             params.max_tokens = self.config.max_model_len - len(token_ids)
-        eos = self.config.eos_token_ids
         request = Request(
             request_id,
             token_ids,
             params,
-            eos_token_id=eos[0] if eos else None,
-            arrival_time=time.monotonic() if arrival_time is None else arrival_time,
+            eos_token_id=self.eos_token_id,
+            arrival_time=arrival_time,
             priority=priority,
             cache_salt=cache_salt,
         )
@@ -84,7 +92,7 @@ class InputProcessor:
         text: Any = None
         token_ids: Any = None
         if isinstance(prompt, str):
-            text = prompt
+            text = unicode_text("prompt", prompt)
         elif isinstance(prompt, dict):
             text, token_ids, cache_salt = self._read_dict(prompt)
         elif _is_sequence(prompt):
@@ -96,6 +104,8 @@ class InputProcessor:
             )
         if token_ids is None:
             return text, self._tokenize(text), cache_salt
+        if hasattr(token_ids, "tolist"):  # NumPy's and torch's numbers become Python's
+            token_ids = token_ids.tolist()
         if not all(isinstance(t, Integral) and not isinstance(t, bool) for t in token_ids):
             raise TypeError("prompt_token_ids must be integers; pass text as a string instead")
         return text, [int(t) for t in token_ids], cache_salt
@@ -117,6 +127,9 @@ class InputProcessor:
         cache_salt = prompt.get("cache_salt")
         if cache_salt is not None and (not isinstance(cache_salt, str) or not cache_salt):
             raise TypeError("prompt['cache_salt'] must be a non-empty string")
+        for key, value in (("prompt", text), ("cache_salt", cache_salt)):
+            if value is not None:
+                unicode_text(f"prompt[{key!r}]", value)
         return text, token_ids, cache_salt
 
     def _tokenize(self, text: str) -> list[int]:
@@ -128,10 +141,13 @@ class InputProcessor:
         """A private copy, checked against this model. Further end tokens of the model become stop ids."""
         params = params.clone()
         params.verify()
-        eos = self.config.eos_token_ids
-        if len(eos) > 1 and not params.ignore_eos:
-            params.stop_token_ids = list(dict.fromkeys([*(params.stop_token_ids or ()), *eos[1:]]))
-        params.resolve(self.config.vocab_size, eos, self.tokenizer, self.config.max_logprobs)
+        if self.further_end_ids and not params.ignore_eos:
+            stops = [*(params.stop_token_ids or ()), *self.further_end_ids]
+            params.stop_token_ids = list(dict.fromkeys(stops))
+        eos = [] if self.eos_token_id is None else [self.eos_token_id]
+        params.resolve(
+            self.config.vocab_size, [*eos, *self.further_end_ids], self.tokenizer, self.config.max_logprobs
+        )
         if self.tokenizer is None:
             params.detokenize = False
         return params

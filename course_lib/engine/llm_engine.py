@@ -53,7 +53,7 @@ class LLMEngine:
         Args:
             request_id: unique among unfinished requests.
             prompt: text, token ids, or a prompt dict.
-            arrival_time: seconds on `time.monotonic`'s clock; now if None.
+            arrival_time: seconds since the epoch; now if None. Orders requests of equal priority.
             priority: smaller is served first (policy "priority" only).
 
         Raises:
@@ -64,8 +64,13 @@ class LLMEngine:
 
     def enqueue(self, prepared: PreparedRequest) -> None:
         """Queue what `frontend.prepare` has checked. Raises ValueError if the id is in use."""
-        for request in self.frontend.register(prepared):
-            self.core.add_request(request)
+        requests = self.frontend.register(prepared)
+        try:
+            for request in requests:
+                self.core.add_request(request)
+        except BaseException:  # Ctrl-C in between: half a request must not stay behind
+            self.abort_request(prepared.request_id)
+            raise
 
     def abort_request(self, request_ids: str | Iterable[str]) -> None:
         """End requests at any moment; unknown ids are passed over. `step()` reports nothing of them."""
@@ -77,11 +82,11 @@ class LLMEngine:
 
     def get_num_unfinished_requests(self) -> int:
         """Requests not yet finished, n outputs of one prompt counting as one."""
-        return self.frontend.output_processor.num_unfinished
+        return len(self.frontend.output_processor.live)
 
     def has_unfinished_requests(self) -> bool:
         """Whether `step()` has something to do."""
-        return bool(self.frontend.output_processor.states)
+        return bool(self.frontend.output_processor.live)
 
     # ---- the loop -------------------------------------------------------------------------------
 

@@ -26,12 +26,19 @@ from course_lib.sampling_params import RequestOutputKind
 
 
 class RequestState:
-    """One engine request on this side of the core."""
+    """One engine request on this side of the core; `request_id` is the caller's, `core_id` the core's."""
 
     def __init__(
-        self, request: Request, prompt: str | None, tokenizer: Any, parent: ParentRequest | None, index: int
+        self,
+        request_id: str,
+        request: Request,
+        prompt: str | None,
+        tokenizer: Any,
+        parent: ParentRequest | None,
+        index: int,
     ) -> None:
-        self.request_id = request.request_id
+        self.request_id = request_id
+        self.core_id = request.request_id
         self.prompt = prompt
         self.prompt_token_ids = request.token_ids[: request.num_prompt_tokens]
         self.params = request.sampling_params
@@ -103,47 +110,41 @@ class OutputProcessor:
 
     def __init__(self, tokenizer: Any | None) -> None:
         self.tokenizer = tokenizer
-        self.states: dict[str, RequestState] = {}
-        self.parents: dict[str, ParentRequest] = {}
+        self.states: dict[str, RequestState] = {}  # by the core's ids
+        self.live: dict[str, list[str]] = {}  # caller's id -> core ids of its unfinished requests
 
     def add_request(
-        self, request: Request, prompt: str | None, parent: ParentRequest | None = None, index: int = 0
+        self, request_id: str, requests: list[Request], prompt: str | None, parent: ParentRequest | None
     ) -> None:
-        """Expect outputs of `request`."""
-        self.states[request.request_id] = RequestState(request, prompt, self.tokenizer, parent, index)
-        if parent is not None:
-            self.parents[parent.request_id] = parent
-
-    def is_live(self, request_id: str) -> bool:
-        """Whether the caller's id belongs to an unfinished request."""
-        return request_id in self.states or request_id in self.parents
-
-    @property
-    def num_unfinished(self) -> int:
-        """Unfinished requests as callers count them: n outputs of one prompt are one."""
-        children = sum(state.parent is not None for state in self.states.values())
-        return len(self.states) - children + len(self.parents)
+        """Expect outputs of a request: itself, or its n children. Raises ValueError if the id is in use."""
+        if request_id in self.live:
+            raise ValueError(f"request_id {request_id!r} belongs to an unfinished request: choose another")
+        states = {
+            request.request_id: RequestState(request_id, request, prompt, self.tokenizer, parent, index)
+            for index, request in enumerate(requests)
+        }
+        self.live[request_id] = list(states)
+        self.states |= states
 
     def core_ids(self, request_id: str) -> list[str]:
         """The core's ids behind a caller's id; none if it is not live."""
-        parent = self.parents.get(request_id)
-        if parent is not None:
-            return [child for child in parent.child_ids if child in self.states]
-        return [request_id] if request_id in self.states else []
+        return list(self.live.get(request_id, ()))
 
     def abort(self, request_id: str) -> RequestOutput | None:
-        """Forget a request. Returns its last output, finished with reason "abort"."""
-        last: RequestOutput | None = None
-        for core_id in self.core_ids(request_id):
-            state = self.states[core_id]
-            last = self._make_output(state, "abort", None)
+        """Forget a request. Returns its last output, finished with reason "abort"; None if it is not live."""
+        states = [self.states[core_id] for core_id in self.core_ids(request_id)]
+        outputs = []
+        for state in states:
+            outputs.append(self._make_output(state, "abort", None))
             self._finish(state)
-        return last
+        merged = _merge_siblings([output for output in outputs if output is not None])
+        return merged[0] if merged else None
 
     def process(self, news: list[EngineCoreOutput]) -> ProcessedOutputs:
         """Turn one step's news into outputs."""
         result = ProcessedOutputs()
-        now = time.monotonic()
+        now = time.time()
+        any_siblings = False
         for item in news:
             state = self.states.get(item.request_id)
             if state is None:  # aborted meanwhile
@@ -158,7 +159,8 @@ class OutputProcessor:
                 self._finish(state)
             if output is not None:
                 result.request_outputs.append(output)
-        if self.parents:
+                any_siblings |= state.parent is not None
+        if any_siblings:
             result.request_outputs = _merge_siblings(result.request_outputs)
         return result
 
@@ -175,13 +177,13 @@ class OutputProcessor:
         if parent is None:
             outputs, finished = [completion], finish_reason is not None
         else:
-            parent.record(state.request_id, completion)
+            parent.record(state.core_id, completion)
             finished = parent.finished
             if final_only and not finished:
                 return None
             outputs = [completion] if kind is RequestOutputKind.DELTA else parent.outputs()
         return RequestOutput(
-            request_id=state.request_id if parent is None else parent.request_id,
+            request_id=state.request_id,
             prompt=state.prompt,
             prompt_token_ids=state.prompt_token_ids,
             prompt_logprobs=state.prompt_logprobs(),
@@ -192,10 +194,11 @@ class OutputProcessor:
         )
 
     def _finish(self, state: RequestState) -> None:
-        del self.states[state.request_id]
-        parent = state.parent
-        if parent is not None and parent.finished:
-            self.parents.pop(parent.request_id, None)
+        del self.states[state.core_id]
+        siblings = self.live[state.request_id]
+        siblings.remove(state.core_id)
+        if not siblings:
+            del self.live[state.request_id]
 
 
 def _merge_siblings(outputs: list[RequestOutput]) -> list[RequestOutput]:

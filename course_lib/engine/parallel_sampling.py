@@ -13,12 +13,15 @@ from course_lib.sampling_params import SamplingParams
 
 
 class ParentRequest:
-    """Knows its children and joins their outputs."""
+    """Knows its children and joins their outputs.
 
-    def __init__(self, request_id: str, params: SamplingParams) -> None:
-        self.request_id = request_id
+    Args:
+        core_id: what the core would call the request if it were one.
+    """
+
+    def __init__(self, core_id: str, params: SamplingParams) -> None:
         self.params = params
-        self.child_ids = [f"{i}_{request_id}" for i in range(params.n)]
+        self.child_ids = [f"{i}_{core_id}" for i in range(params.n)]
         self.unfinished = set(self.child_ids)
         self.latest: dict[int, CompletionOutput] = {}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from course_lib.prompts import TokensPrompt
+from course_lib.sampling_checks import unicode_text
 
 
 def render_chat(
@@ -24,6 +25,7 @@ def render_chat(
     """Render `messages` to text and tokens.
 
     Args:
+        tools: function descriptions for the template; refused if the template does not use them.
         content_format: "string" or "auto"; lists of text parts are joined to one string.
 
     Raises:
@@ -39,18 +41,27 @@ def render_chat(
         raise ValueError("messages is empty: give at least one message")
     if chat_template is None and not getattr(tokenizer, "chat_template", None):
         raise ValueError("the tokenizer has no chat template: pass chat_template=, or use generate with plain text")
-    try:
-        text = tokenizer.apply_chat_template(
-            conversation,
-            chat_template=chat_template,
-            tools=tools,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            tokenize=False,
-            **(template_kwargs or {}),
+
+    def render(tools: list[dict[str, Any]] | None) -> str:
+        try:
+            return tokenizer.apply_chat_template(
+                conversation,
+                chat_template=chat_template,
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tokenize=False,
+                **(template_kwargs or {}),
+            )
+        except Exception as error:  # Jinja errors, and what templates raise themselves
+            raise ValueError(f"the chat template cannot render these messages: {error}") from error
+
+    text = unicode_text("the rendered chat prompt", render(tools))
+    if tools and text == render(None):
+        raise ValueError(
+            "tools: this model's chat template does not use them, so the model would never see them; leave "
+            "tools out, describe them in a message, or pass a chat_template that writes them"
         )
-    except Exception as error:  # Jinja errors, and what templates raise themselves
-        raise ValueError(f"the chat template cannot render these messages: {error}") from error
     # The template has written the special tokens itself.
     return TokensPrompt(prompt=text, prompt_token_ids=tokenizer.encode(text, add_special_tokens=False))
 
@@ -65,7 +76,7 @@ def _check_message(index: int, message: Any) -> dict[str, Any]:
         content = ""
     elif not isinstance(content, str):
         raise TypeError(f"messages[{index}]['content'] must be text or a list of text parts, not {content!r:.80}")
-    return {**message, "content": content}
+    return {**message, "content": unicode_text(f"messages[{index}]['content']", content)}
 
 
 def _text_of(index: int, part: Any) -> str:

@@ -6,6 +6,7 @@ vLLM: `vllm/entrypoints/llm.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -77,9 +78,14 @@ class LLM:
                 where = f"prompt {index}: " if len(items) > 1 else ""
                 raise type(error)(f"{where}{error}") from error
         self._request_counter += len(items)
-        for request in prepared:
-            self.llm_engine.enqueue(request)
-        return self._run_engine([request.request_id for request in prepared], use_tqdm)
+        try:
+            for request in prepared:
+                self.llm_engine.enqueue(request)
+            return self._run_engine([request.request_id for request in prepared], use_tqdm)
+        except BaseException:
+            # Ctrl-C between two steps: leave nothing behind that the next call would wait for.
+            self.llm_engine.abort_request(request.request_id for request in prepared)
+            raise
 
     def chat(
         self,
@@ -168,6 +174,26 @@ class LLM:
         """Run `func(model)` where the model lives."""
         return self.collective_rpc(lambda runner: func(runner.model))
 
+    def sleep(self, *args: Any, **kwargs: Any) -> None:
+        """Not yet: comes with the RLHF lessons."""
+        raise ValueError("LLM.sleep: weights and cache cannot be put aside yet; delete the LLM instead")
+
+    def wake_up(self, *args: Any, **kwargs: Any) -> None:
+        """Not yet: comes with the RLHF lessons."""
+        raise ValueError("LLM.wake_up: this engine never sleeps yet; there is nothing to wake")
+
+    def start_profile(self) -> None:
+        """Not yet: comes with the profiling lessons."""
+        raise ValueError("LLM.start_profile: not available yet; wrap the call in torch.profiler.profile")
+
+    def stop_profile(self) -> None:
+        """Not yet: comes with the profiling lessons."""
+        raise ValueError("LLM.stop_profile: not available yet; wrap the call in torch.profiler.profile")
+
+    def get_metrics(self) -> Any:
+        """Not yet: comes with the metrics lesson."""
+        raise ValueError("LLM.get_metrics: not available yet; each RequestOutput has its own .metrics")
+
     # ---- how it runs ----------------------------------------------------------------------------
 
     def _params_per_prompt(
@@ -212,10 +238,6 @@ class LLM:
                             f"output: {output_tokens / elapsed:.2f} toks/s"
                         )
                         bar.update(1)
-        except BaseException:
-            # Ctrl-C between two steps: leave nothing behind that the next call would wait for.
-            engine.abort_request(request_ids)
-            raise
         finally:
             if bar is not None:
                 bar.close()
@@ -228,7 +250,7 @@ def _as_list(prompts: PromptType | Sequence[PromptType]) -> list[PromptType]:
         return [prompts]
     if not isinstance(prompts, (list, tuple)):
         raise TypeError(f"prompts must be a prompt or a list of prompts, not {type(prompts).__name__}")
-    if prompts and isinstance(prompts[0], int):
+    if prompts and isinstance(prompts[0], Integral):
         return [list(prompts)]
     return list(prompts)
 

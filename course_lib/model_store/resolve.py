@@ -26,8 +26,9 @@ def resolve_model(
 
     name_or_path: a folder, the course model's id, or a hub id "org/name".
     revision: a branch, tag or commit on the hub. Given with the course model's id, it asks the hub for
-        the original weights instead of the converted ones.
-    Raises ModelNotFoundError, CorruptModelError, UnsupportedModelError, DownloadError, DiskSpaceError.
+        the original weights instead of the converted ones. A folder has none.
+    Raises ModelNotFoundError, CorruptModelError, UnsupportedModelError, DownloadError, DiskSpaceError;
+    ValueError for a revision of a folder.
     """
     name = os.fspath(name_or_path)
     if not isinstance(name, str) or not name.strip():
@@ -36,6 +37,11 @@ def resolve_model(
         )
     folder = Path(name).expanduser()
     if folder.is_dir():
+        if revision is not None:
+            raise ValueError(
+                f"revision={revision!r} chooses a version on the hub, and {name} is a folder: leave revision out, "
+                "or give a hub id"
+            )
         return _checked(folder)
     if folder.is_file():
         raise UnsupportedModelError(

@@ -11,6 +11,7 @@ in `vllm/v1/core/kv_cache_utils.py`.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +24,15 @@ if TYPE_CHECKING:
 
 _CPU_FRACTION = 0.25
 _CPU_MOST = 4 << 30
+_CGROUPS = Path("/sys/fs/cgroup")
+# A container's limit, its use, and which line of memory.stat is cache that the kernel gives back on demand.
+_CGROUP_FILES = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    (
+        "memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat",
+        "total_inactive_file",
+    ),
+)  # fmt: skip
 
 
 def decide_num_blocks(runner: ModelRunner) -> int:
@@ -47,7 +57,23 @@ def _cpu_share() -> int:
         with open(meminfo) as file:
             fields = dict(line.split(":", 1) for line in file)
         available = int(fields["MemAvailable"].split()[0]) * 1024
+    for room in _cgroup_rooms(_CGROUPS):
+        available = min(available, room)
     return min(int(available * _CPU_FRACTION), _CPU_MOST)
+
+
+def _cgroup_rooms(root: Path) -> list[int]:
+    """Bytes that a container may still take, one entry per limit (cgroup v2 and v1); [] without limits."""
+    rooms = []
+    for limit_file, used_file, stat_file, reclaimable in _CGROUP_FILES:
+        try:
+            limit, used = ((root / name).read_text().strip() for name in (limit_file, used_file))
+            stat = dict(line.split() for line in (root / stat_file).read_text().splitlines())
+        except OSError:  # this version of cgroups is not in use here
+            continue
+        if limit != "max":
+            rooms.append(max(0, int(limit) - int(used) + int(stat.get(reclaimable, 0))))
+    return rooms
 
 
 def _free_cuda_memory(runner: ModelRunner) -> int:

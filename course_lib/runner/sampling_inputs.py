@@ -17,6 +17,7 @@ import torch
 
 from course_lib.runner.input_batch import InputBatch, RequestState
 from course_lib.sampling.metadata import SamplingMetadata
+from course_lib.sampling_checks import processor_arity
 from course_lib.sampling_params import GREEDY_TEMPERATURE, SamplingParams
 
 
@@ -103,21 +104,31 @@ class SamplingInputs:
 class GuardedProcessor:
     """A request's own function on logits, kept from harming the batch.
 
-    If it raises or returns something that is no row of logits, the row stays as it was and the
-    request ends with the error; its batch mates never notice.
+    It gets copies of the token ids and of the logits. If it raises or returns something that is no row
+    of logits, the row stays as it was and the request ends with the error; its batch mates never notice.
     """
 
     def __init__(self, function: Callable[..., torch.Tensor], state: RequestState) -> None:
         self.function = function
         self.state = state
-        self.__signature__ = inspect.signature(function)  # two or three arguments: the sampler looks
+        # Two or three arguments: the sampler looks at the signature.
+        self.__signature__ = inspect.Signature(
+            inspect.Parameter(f"argument{i}", inspect.Parameter.POSITIONAL_ONLY)
+            for i in range(processor_arity("logits_processors", function))
+        )
 
     def __call__(self, *args: Any) -> torch.Tensor:
         logits = args[-1]
         try:
-            result = self.function(*args[:-1], logits.clone())
+            result = self.function(*map(list, args[:-1]), logits.clone())
             if not isinstance(result, torch.Tensor) or result.shape != logits.shape:
                 raise TypeError(f"must return a tensor of shape {tuple(logits.shape)}, got {result!r:.80}")
+            if not result.dtype.is_floating_point or result.device != logits.device:
+                raise TypeError(
+                    f"must return floating-point logits on {logits.device}, got {result.dtype} on "
+                    f"{result.device}"
+                )
+            result = torch.empty_like(logits).copy_(result)  # casts; fails here for what is no plain tensor
         except Exception as error:  # whatever the user's code raises
             self.state.error = f"logits_processors: {type(error).__name__}: {error}"
             return logits

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import torch
 
-from course_lib.core.messages import LogprobsLists
 from course_lib.sampling import blocks
 from course_lib.sampling.draw import draw
 from course_lib.sampling.masks import apply_logits_processors, apply_masks
@@ -32,9 +31,6 @@ class LogprobsTensors:
     token_ids: torch.Tensor  # [R, k + 1] int32
     logprobs: torch.Tensor  # [R, k + 1] float32, natural log
     ranks: torch.Tensor  # [R] int32, 1-based rank of column 0
-
-    def tolists(self) -> LogprobsLists:
-        return LogprobsLists(self.token_ids.tolist(), self.logprobs.tolist(), self.ranks.tolist())
 
 
 @dataclass(slots=True)

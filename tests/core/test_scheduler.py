@@ -147,6 +147,19 @@ def test_priority_goes_first_and_low_priority_is_preempted() -> None:
     assert step(scheduler).num_scheduled_tokens == {"high": 4}
 
 
+def test_among_equals_priority_behaves_like_first_come_first_served() -> None:
+    """n outputs of one prompt share priority and arrival: preempting the oldest of them would thrash."""
+    served = {}
+    for policy in ("fcfs", "priority"):
+        scheduler = make_scheduler(num_blocks=10, policy=policy, caching=False)
+        for name in "abcd":
+            scheduler.add_request(make_request(name, 8, max_tokens=16))
+        served[policy] = 0
+        while scheduler.requests:
+            served[policy] += step(scheduler).total_num_scheduled_tokens
+    assert served["priority"] == served["fcfs"]
+
+
 @pytest.mark.parametrize("when", ["waiting", "chunked", "running", "preempted"])
 def test_abort_returns_all_blocks_whatever_the_request_is_doing(when: str) -> None:
     scheduler = make_scheduler(num_blocks=4, caching=False, max_num_batched_tokens=6)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import time
+import weakref
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -140,3 +143,60 @@ def test_shutdown_wakes_everyone(tiny_model_path: Path) -> None:
             await task
 
     with_engine(tiny_model_path, body)
+
+
+def test_an_id_used_again_at_once_gets_nothing_of_the_old_request(tiny_model_path: Path) -> None:
+    """The core may still be inside a step that computes the old request when the id is given to a new one."""
+    params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True, output_kind=RequestOutputKind.DELTA)
+
+    async def body(engine: AsyncLLM) -> None:
+        execute = engine._core.executor.execute_model
+
+        def slowly(scheduled: object) -> object:
+            time.sleep(0.02)  # so that the core is nearly always inside a step
+            return execute(scheduled)
+
+        engine._core.executor.execute_model = slowly
+        expected = [t for o in await collect(engine, "ref", [9, 8], params) for t in o.outputs[0].token_ids]
+        for _ in range(5):
+            stream = engine.generate([3, 4], params, "a")
+            await anext(stream)
+            await anext(stream)
+            await stream.aclose()
+            got = [t for o in await collect(engine, "a", [9, 8], params) for t in o.outputs[0].token_ids]
+            assert got == expected
+
+    with_engine(tiny_model_path, body)
+
+
+def test_a_failure_in_the_event_loop_or_a_death_while_waiting_wakes_everyone(tiny_model_path: Path) -> None:
+    async def body(engine: AsyncLLM) -> None:
+        def fail(news: object) -> None:
+            time.sleep(0.05)
+            raise RuntimeError("no text")
+
+        engine._frontend.output_processor.process = fail
+        waiting = asyncio.create_task(collect(engine, "a", [3], SamplingParams()))
+        await asyncio.sleep(0)
+        with pytest.raises(EngineDeadError, match="no text"):
+            await waiting
+        assert engine.errored
+
+    with_engine(tiny_model_path, body)
+
+
+def test_a_forgotten_engine_is_freed(tiny_model_path: Path) -> None:
+    args = EngineArgs(model=str(tiny_model_path), skip_tokenizer_init=True, device="cpu", num_gpu_blocks_override=64)
+
+    async def main() -> weakref.ref:
+        engine = AsyncLLM.from_engine_args(args)
+        await collect(engine, "a", [3], SamplingParams(max_tokens=2))
+        return weakref.ref(engine)
+
+    alive = asyncio.run(main())
+    gc.collect()
+    assert alive() is None
+    for thread in threading.enumerate():
+        if thread.name == "engine-core":
+            thread.join(timeout=10)
+            assert not thread.is_alive()

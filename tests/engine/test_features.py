@@ -32,6 +32,7 @@ def test_n_outputs_share_the_blocks_of_the_prompt(tiny_engine: LLMEngine) -> Non
     final = outputs[-1]
     assert final.finished and [one.index for one in final.outputs] == [0, 1, 2, 3]
     assert sum(output.finished for output in outputs) == 1
+    assert len(outputs) == 3  # one per step, siblings joined, the last step included
 
 
 def test_child_i_of_a_seeded_request_is_the_request_with_seed_plus_i(tiny_engine: LLMEngine) -> None:
@@ -172,3 +173,24 @@ def test_an_interrupted_step_leaves_a_usable_engine(tiny_engine: LLMEngine, monk
         output = run(tiny_engine, ("b", prompt, params))["b"][-1]
         assert output.num_cached_tokens == 0 and output.outputs[0].token_ids == expected
         assert tiny_engine.reset_prefix_cache()
+
+
+def test_an_interrupted_submission_leaves_no_ghost(tiny_engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(request: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tiny_engine.core, "add_request", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_engine.add_request("a", [3], SamplingParams())
+    assert not tiny_engine.has_unfinished_requests()
+
+
+def test_aborting_n_outputs_reports_all_of_them(tiny_engine: LLMEngine) -> None:
+    params = SamplingParams(n=3, temperature=1.0, max_tokens=9, ignore_eos=True, output_kind=RequestOutputKind.DELTA)
+    tiny_engine.add_request("r", [3, 4], params)
+    tiny_engine.step()
+    last = tiny_engine.frontend.output_processor.abort("r")
+    assert last.finished and [(one.index, one.finish_reason) for one in last.outputs] == [
+        (0, "abort"), (1, "abort"), (2, "abort")
+    ]  # fmt: skip
+    tiny_engine.core.abort_requests([request.request_id for request in tiny_engine.core.scheduler.running])

@@ -12,7 +12,7 @@ from course_lib.layers.packed import can_pack, linear, pack
 from course_lib.models.loader import load_model, read_tensors
 
 CPU = torch.device("cpu")
-needs_packing = pytest.mark.skipif(not can_pack(torch.float32, CPU), reason="oneDNN packs nothing on this processor")
+needs_packing = pytest.mark.skipif(not can_pack(torch.bfloat16, CPU), reason="oneDNN packs nothing on this processor")
 
 
 @pytest.fixture(params=[True, False], ids=["tied", "untied"])
@@ -30,22 +30,22 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Ll
 @pytest.mark.parametrize("rows", [0, 1, 3, 64, 300])
 def test_packed_products_equal_plain_ones(rows: int) -> None:
     torch.manual_seed(0)
-    weight, bias, x = torch.randn(50, 36), torch.randn(50), torch.randn(rows, 36)
-    expected = (x.double() @ weight.double().T + bias.double()).float()
-    torch.testing.assert_close(linear(x, pack(weight), bias), expected, atol=1e-5, rtol=1e-5)
+    weight, bias, x = (torch.randn(*shape).bfloat16() for shape in ((50, 36), (50,), (rows, 36)))
+    expected = (x.double() @ weight.double().T + bias.double()).bfloat16()
+    torch.testing.assert_close(linear(x, pack(weight), bias), expected, atol=2e-2, rtol=2e-2)
     assert torch.equal(pack(weight).to_dense(), weight)
 
 
 @needs_packing
 def test_a_packed_model_holds_the_same_weights_and_takes_new_ones(checkpoint: tuple[Path, LlamaConfig]) -> None:
     path, config = checkpoint
-    model = load_model(path, config, torch.float32, CPU)
+    model = load_model(path, config, torch.bfloat16, CPU)
     plain = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    hidden = torch.randn(5, 48)
+    hidden = torch.randn(5, 48).bfloat16()
     logits = model.compute_logits(hidden)
     model.pack_weights()
     assert model.model.layers[0].mlp.down_proj.weight.is_mkldnn
-    torch.testing.assert_close(model.compute_logits(hidden), logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.compute_logits(hidden), logits, atol=2e-2, rtol=2e-2)
     model.load_weights((name, tensor * 2) for name, tensor in read_tensors(path / "model.safetensors"))
     assert model.model.layers[0].mlp.down_proj.weight.is_mkldnn  # packed again
     model.unpack_weights()
@@ -53,10 +53,8 @@ def test_a_packed_model_holds_the_same_weights_and_takes_new_ones(checkpoint: tu
         assert torch.equal(parameter, plain[name] * 2), name
 
 
-def test_where_packing_is_impossible_nothing_changes(checkpoint: tuple[Path, LlamaConfig]) -> None:
+def test_float32_stays_plain_because_it_must_be_exact(checkpoint: tuple[Path, LlamaConfig]) -> None:
     path, config = checkpoint
-    if can_pack(torch.float64, CPU):
-        pytest.skip("this oneDNN packs float64")
-    model = load_model(path, config, torch.float64, CPU)
+    model = load_model(path, config, torch.float32, CPU)
     model.pack_weights()
     assert not model.model.layers[0].mlp.down_proj.weight.is_mkldnn

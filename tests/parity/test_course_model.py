@@ -84,8 +84,8 @@ class Served:
     def _keep_hidden(self, module: torch.nn.Module, inputs: tuple, hidden: torch.Tensor) -> None:
         scheduled = self.engine.core.last_scheduled.num_scheduled_tokens
         self.largest_batch = max(self.largest_batch, len(scheduled))
-        for name, rows in zip(scheduled, hidden.split(list(scheduled.values())), strict=True):
-            self.hidden[name].append(rows.clone())
+        for core_id, rows in zip(scheduled, hidden.split(list(scheduled.values())), strict=True):
+            self.hidden[core_id.rpartition("#")[0]].append(rows.clone())  # "name#3" in the core
 
     @torch.inference_mode()
     def logits(self, name: str) -> torch.Tensor:

@@ -20,6 +20,11 @@ LISTS = LogprobsLists(
 )
 
 
+def rows(start: int, end: int) -> LogprobsLists:
+    """Some rows of LISTS, as one step delivers them."""
+    return LogprobsLists(LISTS.token_ids[start:end], LISTS.logprobs[start:end], LISTS.ranks[start:end])
+
+
 def _values(position: dict[int, Logprob]) -> dict[int, tuple[float, int | None]]:
     return {token: (entry.logprob, entry.rank) for token, entry in position.items()}
 
@@ -34,9 +39,9 @@ def _values(position: dict[int, Logprob]) -> dict[int, tuple[float, int | None]]
 ])
 def test_positions(asked: int, wanted: list[dict]) -> None:
     processor = LogprobsProcessor(None, asked, None)
-    processor.update_from_sample(LISTS.slice(0, 1))
+    processor.update_from_sample(rows(0, 1))
     assert processor.cumulative_logprob == -2.0
-    processor.update_from_sample(LISTS.slice(1, 2))
+    processor.update_from_sample(rows(1, 2))
     assert [_values(position) for position in processor.logprobs] == wanted
     assert [list(position)[0] for position in processor.logprobs] == [7, 9]
     assert processor.cumulative_logprob == -7.0
@@ -47,8 +52,8 @@ def test_positions(asked: int, wanted: list[dict]) -> None:
 
 def test_prompt_positions_in_chunks() -> None:
     processor = LogprobsProcessor(None, None, 2)
-    processor.update_from_prompt(LISTS.slice(0, 1))
-    processor.update_from_prompt(LISTS.slice(1, 2))
+    processor.update_from_prompt(rows(0, 1))
+    processor.update_from_prompt(rows(1, 2))
     assert processor.prompt_logprobs[0] is None and len(processor.prompt_logprobs) == 3
     assert _values(processor.prompt_logprobs[2]) == {9: (-5.0, 12), 5: (-0.25, 1), 6: (-1.5, 2)}
     assert processor.logprobs is None and processor.cumulative_logprob is None
