@@ -37,7 +37,7 @@ class FusedModule(nn.Module):
 
     def parts(self) -> Iterator[tuple[str, WeightSlot]]:
         """Yield (name beside the module's own in the checkpoint, slot), e.g. ("k_proj.weight", ...)."""
-        raise NotImplementedError
+        raise NotImplementedError(type(self).__name__)
 
 
 def stacked_rows(names: tuple[str, ...], sizes: tuple[int, ...]) -> Iterator[tuple[str, slice]]:

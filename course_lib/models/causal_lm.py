@@ -43,15 +43,15 @@ class CausalLM(nn.Module):
         `input_ids` and `positions` are [T] int32 or int64. `inputs_embeds` [T, hidden] takes the place
         of the embedding look-up and is not modified.
         """
-        raise NotImplementedError
+        raise NotImplementedError(type(self).__name__)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [N, hidden] (the rows that sample) -> logits [N, vocab] in the model's dtype."""
-        raise NotImplementedError
+        raise NotImplementedError(type(self).__name__)
 
     def embedding_weight(self) -> torch.Tensor:
         """The token embedding table [vocab, hidden]."""
-        raise NotImplementedError
+        raise NotImplementedError(type(self).__name__)
 
     def tied_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits by the embedding table itself, hidden [N, hidden] -> [N, vocab]."""

@@ -36,6 +36,8 @@ def test_triton_and_torch_backends_agree(tiny_model_path: Path) -> None:
         [sys.executable, "-c", SCRIPT, str(tiny_model_path)], capture_output=True, text=True, timeout=300,
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
     )  # fmt: skip
+    if "interpreter does not work with NumPy" in done.stderr:
+        pytest.skip("this Triton's interpreter is older than this NumPy")
     assert done.stdout.strip() == "equal", done.stderr[-2000:]
 
 

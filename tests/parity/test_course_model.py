@@ -59,6 +59,7 @@ class Served:
             EngineArgs(
                 model=path,
                 dtype="float32",
+                device="cpu",
                 max_model_len=512,
                 max_num_seqs=12,
                 max_num_batched_tokens=96,
