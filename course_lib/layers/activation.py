@@ -7,6 +7,6 @@ import torch.nn.functional as F
 
 
 def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """`silu(gate) * up` for gate_up [T, 2 * I] (gate first) -> [T, I], a new contiguous tensor."""
+    """`silu(gate) * up` for gate_up [T, 2 * I] (gate first) -> [T, I], a new tensor in the same layout."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from course_lib.layers.packed import linear
+from course_lib.layers.cpu_matmul import few_rows_linear, is_few_rows, linear
 from course_lib.layers.weights import FusedModule, WeightSlot, stacked_rows
 
 
@@ -108,3 +108,9 @@ class GateUpLinear(MergedLinear):
     ) -> None:
         sizes = (intermediate_size, intermediate_size)
         super().__init__(hidden_size, sizes, ("gate_proj", "up_proj"), bias=bias, dtype=dtype, device=device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The result may be a transposed view: what follows, silu(gate) * up, works in either layout."""
+        if is_few_rows(x) and not self.weight.is_mkldnn:
+            return few_rows_linear(x, self.weight, self.bias)
+        return super().forward(x)

@@ -17,7 +17,7 @@ from course_lib.attention.layer import Attention
 from course_lib.attention.metadata import AttentionMetadata
 from course_lib.errors import CorruptModelError, UnsupportedModelError
 from course_lib.layers.linear import Linear, MergedLinear
-from course_lib.layers.packed import can_pack, linear, pack
+from course_lib.layers.cpu_matmul import can_pack, linear, pack
 from course_lib.layers.weights import WeightSlot, checkpoint_slots
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

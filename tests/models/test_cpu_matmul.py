@@ -1,4 +1,4 @@
-"""Weights packed for the CPU: the same products, and weights can still be read and replaced."""
+"""Products on the CPU: packed or plain, either way round, the same; weights can still be read and replaced."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from course_lib.layers.packed import can_pack, linear, pack
+from course_lib.layers.cpu_matmul import can_pack, linear, pack
 from course_lib.models.loader import load_model, read_tensors
 
 CPU = torch.device("cpu")
@@ -58,3 +58,14 @@ def test_float32_stays_plain_because_it_must_be_exact(checkpoint: tuple[Path, Ll
     model = load_model(path, config, torch.float32, CPU)
     model.pack_weights()
     assert not model.model.layers[0].mlp.down_proj.weight.is_mkldnn
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 64, 128, 129])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_either_way_round_gives_the_same_product(rows: int, with_bias: bool) -> None:
+    torch.manual_seed(0)
+    weight, x, bias = torch.randn(50, 36), torch.randn(rows, 36), torch.randn(50) if with_bias else None
+    expected = x.double() @ weight.double().T + (bias.double() if with_bias else 0)
+    found = linear(x, weight, bias)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, expected.float(), atol=1e-5, rtol=1e-5)
