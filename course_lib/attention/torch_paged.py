@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from course_lib.attention.backend import KVCache, zeros_on_demand
 from course_lib.attention.metadata import AttentionMetadata
 
-# Keys plus values gathered at a time, in bytes: half of a common last-level cache. Smaller pieces were slower (more
-# calls), larger ones too (read back from memory).
+# Keys plus values gathered at a time, in bytes: half of a common last-level cache. Half as much was
+# slower (more calls), half as much again no faster.
 _GATHER_BYTES = 16 << 20
 
 
