@@ -192,6 +192,7 @@ class EngineConfig:
     scheduler: SchedulerConfig
     device: str  # "cpu" or "cuda"
     attention_backend: str  # "torch" or "triton"
+    enforce_eager: bool  # no captured graphs
     shrink_to_fit: bool  # max_model_len was not asked for: lower it if the cache is too small
     log_stats: bool
     debug: bool  # check all invariants after every step

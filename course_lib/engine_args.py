@@ -98,7 +98,7 @@ class EngineArgs:
     long_prefill_token_threshold: int = 0
     scheduling_policy: str = "fcfs"
     max_logprobs: int = 20
-    enforce_eager: bool = False  # False permits captured graphs where a device has them (none yet)
+    enforce_eager: bool = False  # False permits CUDA graphs of decode steps
     disable_log_stats: bool = False
     device: str = "auto"
     attention_backend: str = "auto"
@@ -210,6 +210,7 @@ class EngineArgs:
             ),
             device=device,
             attention_backend=_resolve_attention_backend(self.attention_backend, device),
+            enforce_eager=self.enforce_eager,
             shrink_to_fit=self.max_model_len is None,
             log_stats=not self.disable_log_stats,
             debug=os.environ.get("COURSE_DEBUG", "0") not in ("", "0"),

@@ -1,6 +1,6 @@
 """The plain-torch truth for every kernel: same names, same arguments, written to be obviously right.
 
-Owns the meaning of the paged KV cache operations; a kernel is correct when it agrees with the function
+Owns the meaning of the paged KV cache operations and of the fused layer operations; a kernel is correct when it agrees with the function
 of its name here. Invariant: results depend only on cache slots that a query may attend to, so a slot
 nobody wrote can hold anything, NaN included. Arithmetic is float32, or float64 for float64 inputs.
 Loops over requests and query tokens on the host; not meant to be fast.
@@ -124,3 +124,58 @@ def paged_attention_varlen(
             weights = torch.softmax(scores, dim=-1)
             out[row] = torch.einsum("hn,nhd->hd", weights, values).to(out.dtype)
     return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+    """Root-mean-square normalisation of rows, after adding the residual stream if there is one.
+
+    Args:
+        x: [T, N]; with `residual` it is overwritten by x + residual, rounded to its dtype.
+        weight: [N].
+        eps: added to the mean square.
+        residual: [T, N], not changed.
+
+    Returns:
+        [T, N]: x / sqrt(mean(x^2) + eps) * weight, of the x just described.
+    """
+    compute_dtype = torch.promote_types(x.dtype, torch.float32)
+    if residual is not None:
+        x.copy_(x.to(compute_dtype) + residual.to(compute_dtype))
+    value = x.to(compute_dtype)
+    scale = torch.rsqrt(value.square().mean(dim=-1, keepdim=True) + eps)
+    return (value * scale * weight.to(compute_dtype)).to(x.dtype)
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    """gate_up [T, 2 * I], gate first -> gate * sigmoid(gate) * up, [T, I]."""
+    gate, up = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32)).chunk(2, dim=-1)
+    return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
+
+
+def rotary_and_cache(
+    qkv: Tensor, cos_sin: Tensor, positions: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
+) -> None:
+    """Rotate queries and keys (neox style: dimension i with i + D/2), then write keys and values to the cache.
+
+    Args:
+        qkv: [T, (H + 2 * Hkv) * D]; the query part is rotated in place, the rest stays as it is.
+        cos_sin: [P, D], row p: the D/2 cosines of position p, then its sines.
+        positions: int64 [T], rows of cos_sin.
+        k_cache, v_cache, slot_mapping: as in `reshape_and_cache`.
+    """
+    num_kv_heads, head_dim = k_cache.shape[2:]
+    compute_dtype = torch.promote_types(qkv.dtype, torch.float32)
+    heads = qkv.view(len(qkv), -1, head_dim)
+    num_rotated = heads.shape[1] - num_kv_heads  # all but the values
+    cos, sin = cos_sin[positions].to(compute_dtype).unsqueeze(1).chunk(2, dim=-1)
+    first, second = heads[:, :num_rotated].to(compute_dtype).chunk(2, dim=-1)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(qkv.dtype)
+    num_heads = num_rotated - num_kv_heads
+    heads[:, :num_heads] = rotated[:, :num_heads]
+    reshape_and_cache(rotated[:, num_heads:], heads[:, num_rotated:], k_cache, v_cache, slot_mapping)
+
+
+def few_rows_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, I] times the transpose of weight [O, I] -> [T, O]."""
+    compute_dtype = torch.promote_types(x.dtype, torch.float32)
+    return (x.to(compute_dtype) @ weight.to(compute_dtype).T).to(x.dtype)

@@ -22,6 +22,9 @@ KVCache = tuple[torch.Tensor, torch.Tensor]  # keys and values, each [NB, BS, Hk
 class AttentionBackend(Protocol):
     """Writes new keys and values into the paged cache, then attends over it."""
 
+    fuses_rotary: bool
+    """Whether `forward_rotary` exists: rotation and cache write in one kernel."""
+
     def allocate_cache(self, num_layers: int, num_blocks: int) -> list[KVCache]:
         """One zeroed (keys, values) pair per layer."""
         ...

@@ -66,3 +66,20 @@ class Attention(nn.Module):
             self.sliding_window,
         )
         return out.reshape(num_tokens, self.num_heads * self.head_dim)
+
+    @property
+    def fuses_rotary(self) -> bool:
+        """Whether this layer's backend rotates queries and keys itself (`forward_rotary`)."""
+        return getattr(self.backend, "fuses_rotary", False)
+
+    def forward_rotary(
+        self, qkv: torch.Tensor, cos_sin: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata
+    ) -> torch.Tensor:
+        """As `forward`, from unrotated qkv [T, (H + 2 * Hkv) * D], which is overwritten -> [T, H * D].
+
+        cos_sin [P, D]: the rotary table; positions int64 [T]: its rows.
+        """
+        out = self.backend.forward_rotary(
+            qkv, cos_sin, positions, self.kv_cache, metadata, self.scale, self.sliding_window
+        )
+        return out.view(len(qkv), self.num_heads * self.head_dim)

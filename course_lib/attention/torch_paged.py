@@ -62,6 +62,8 @@ class TorchPlan:
 class TorchPagedBackend:
     """See the module. Built by `make_backend`."""
 
+    fuses_rotary = False
+
     def __init__(
         self, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> None:

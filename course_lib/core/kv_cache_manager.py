@@ -111,6 +111,8 @@ class KVCacheManager:
         full = (computed + num_new_tokens) // block_size
         if full > request.num_registered_blocks and self.enable_caching:
             extend_block_hashes(request, block_size)
+            # A step scheduled ahead may fill a block with a token that is not known yet: offered next time.
+            full = min(full, len(request.block_hashes))
             for i in range(request.num_registered_blocks, full):
                 pool.register(table[i], request.block_hashes[i])
             request.num_registered_blocks = full

@@ -54,7 +54,7 @@ class Request:
         "request_id", "sampling_params", "eos_token_id", "arrival_time", "priority", "cache_salt",
         "status", "stop_reason", "num_prompt_tokens", "token_ids", "num_computed_tokens",
         "num_cached_tokens", "first_scheduled_time", "block_ids", "block_hashes", "num_registered_blocks", "num_preemptions",
-        "max_tokens", "min_tokens", "ignore_eos", "stop_token_ids", "needs_prompt_logprobs",
+        "max_tokens", "min_tokens", "ignore_eos", "stop_token_ids", "needs_prompt_logprobs", "runs_ahead",
     )  # fmt: skip
 
     def __init__(
@@ -92,6 +92,7 @@ class Request:
         self.ignore_eos = sampling_params.ignore_eos
         self.stop_token_ids = frozenset(sampling_params.stop_token_ids or ())
         self.needs_prompt_logprobs = sampling_params.prompt_logprobs is not None
+        self.runs_ahead = samples_without_host(sampling_params)
 
     @property
     def num_tokens(self) -> int:
@@ -120,6 +121,20 @@ class Request:
             f"Request({self.request_id!r}, {self.status.name}, prompt={self.num_prompt_tokens}, "
             f"output={self.num_output_tokens}, computed={self.num_computed_tokens})"
         )
+
+
+def samples_without_host(params: SamplingParams) -> bool:
+    """Whether a token can be sampled before the host has seen the one before it."""
+    return not (
+        params.presence_penalty
+        or params.frequency_penalty
+        or params.repetition_penalty != 1
+        or params.min_tokens
+        or params.bad_words
+        or params.logits_processors
+        or params.logprobs is not None
+        or params.prompt_logprobs is not None
+    )
 
 
 def check_stop(request: Request, max_model_len: int) -> bool:

@@ -114,6 +114,40 @@ class Scheduler:
             request.num_computed_tokens += num_new
         return output
 
+    def schedule_ahead(self) -> SchedulerOutput | None:
+        """Plan the step after the one in flight, whose tokens are not known yet; None if it needs them.
+
+        It is planned when it can only be one more token for everybody: nobody is in the middle of a prompt, could
+        be admitted or would have to be preempted. A request that the step in flight will end by its length is
+        left out; one that it turns out to end by a stop token computes one token too many, which is dropped.
+        """
+        running, limits = self.running, self.config
+        if self.waiting and len(running) < limits.max_num_seqs:
+            return None
+        if self.kv_cache.pool.num_free < len(running):  # each may need a block
+            return None
+        going_on = []
+        for request in running:
+            num_tokens = len(request.token_ids)
+            if request.num_computed_tokens != num_tokens or not request.runs_ahead:
+                return None
+            num_tokens += 1  # the one in flight
+            if num_tokens - request.num_prompt_tokens < request.max_tokens and num_tokens < limits.max_model_len:
+                going_on.append(request)
+        if not going_on:
+            return None
+        allocate, size = self.kv_cache.allocate_slots, self.kv_cache.block_size
+        plan: dict[Request, tuple[int, list[int]]] = {}
+        for request in going_on:
+            computed = request.num_computed_tokens
+            # In the middle of a block, with all full ones registered, there is nothing to allocate.
+            idle = computed % size and (computed + 1) // size <= request.num_registered_blocks
+            plan[request] = 1, [] if idle else allocate(request, 1)
+        output = self._make_output(plan, [], set())
+        for request in going_on:
+            request.num_computed_tokens += 1
+        return output
+
     def _continue_running(
         self, budget: int, plan: dict[Request, tuple[int, list[int]]], preempted: set[str]
     ) -> int:
@@ -125,7 +159,7 @@ class Scheduler:
             request = running[index]
             num_new = len(request.token_ids) - request.num_computed_tokens
             if num_new > 1:
-                num_new = min(self._cap_chunk(num_new), budget)
+                num_new = self._chunk(num_new, budget)
             new_blocks = allocate(request, num_new)
             while new_blocks is None:
                 victim = self._choose_victim()
@@ -154,7 +188,7 @@ class Scheduler:
             num_cached = len(hit) * self.kv_cache.block_size
             num_new = request.num_tokens - num_cached
             if self.config.enable_chunked_prefill:
-                num_new = min(self._cap_chunk(num_new), budget)
+                num_new = self._chunk(num_new, budget)
             elif num_new > budget:
                 break
             new_blocks = self.kv_cache.allocate_slots(request, num_new, hit)
@@ -172,9 +206,9 @@ class Scheduler:
             admitted.append(request)
         return admitted
 
-    def _cap_chunk(self, num_new: int) -> int:
-        threshold = self.config.long_prefill_token_threshold
-        return min(num_new, threshold) if threshold else num_new
+    def _chunk(self, remaining: int, budget: int) -> int:
+        """How many of the `remaining` tokens of one request are computed when `budget` tokens are left."""
+        return min(remaining, self.config.long_prefill_token_threshold or remaining, budget)
 
     def _choose_victim(self) -> Request:
         if self.config.policy == "priority":
@@ -237,7 +271,8 @@ class Scheduler:
                 request.stop_reason = error
         for row, request_id in enumerate(output.request_ids):
             request = requests.get(request_id)
-            if request is None:  # aborted while the step ran
+            # Aborted while the step ran; its id may already belong to a new request.
+            if request is None or request_id in self._finished_ids:
                 continue
             new_token_ids = output.sampled_token_ids[row]
             token_ids = request.token_ids

@@ -12,13 +12,17 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from course_lib.config import EngineConfig
 from course_lib.core.kv_cache_manager import KVCacheManager
-from course_lib.core.messages import EngineCoreOutput, SchedulerOutput
+from course_lib.core.messages import EngineCoreOutput, ModelRunnerOutput, SchedulerOutput
 from course_lib.core.request import Request
 from course_lib.core.scheduler import Scheduler
 from course_lib.executor.uniproc import UniProcExecutor
+
+if TYPE_CHECKING:
+    from course_lib.runner.gpu_model_runner import StepInFlight
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +32,11 @@ class EngineCore:
 
     Attributes:
         config: final; `max_model_len` may be lower than asked for if it was left to the engine.
-        last_scheduled: the newest step's plan, for statistics.
+        last_scheduled: the plan of the step that `step` last reported, for statistics.
+
+    Where the executor can, a step is launched before the previous one's tokens are fetched: the device computes
+    it while the host reports those tokens. Between calls of `step` at most that one step is in flight, and none
+    when there are no requests.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -37,6 +45,7 @@ class EngineCore:
         self.config = fit_to_cache(config, self.num_blocks)
         self.executor.initialize_cache(self.num_blocks)
         self.last_scheduled: SchedulerOutput | None = None
+        self._in_flight: tuple[SchedulerOutput, StepInFlight] | None = None
         self._start_scheduler()
 
     def _start_scheduler(self) -> None:
@@ -54,18 +63,17 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self._in_flight is not None
 
     def step(self) -> list[EngineCoreOutput]:
         """Run one step. After any exception the engine is empty and usable."""
-        if not self.scheduler.has_work:
+        if not self.has_work:
             return []
         try:
-            scheduled = self.last_scheduled = self.scheduler.schedule()
-            if self.config.debug:
-                self.scheduler.check_invariants(scheduled)
-            output = self.executor.execute_model(scheduled)
+            output = self._run_ahead() if self.executor.can_run_ahead else self.executor.execute_model(self._plan())
             news = self.scheduler.update_from_output(output)
+            if self._in_flight is not None and not self.scheduler.requests:
+                self._take_in_flight().result()  # all have ended: what it computes is wanted by nobody
             if self.config.debug:
                 self.scheduler.check_invariants()
             return news
@@ -73,8 +81,30 @@ class EngineCore:
             self.reset()
             raise
 
+    def _plan(self) -> SchedulerOutput:
+        scheduled = self.last_scheduled = self.scheduler.schedule()
+        if self.config.debug:
+            self.scheduler.check_invariants(scheduled)
+        return scheduled
+
+    def _run_ahead(self) -> ModelRunnerOutput:
+        """The next step's output, the step after it being launched first if it can be."""
+        if self._in_flight is None:
+            scheduled = self._plan()
+            self._in_flight = scheduled, self.executor.launch_model(scheduled)
+        step = self._take_in_flight()
+        ahead = self.scheduler.schedule_ahead()
+        if ahead is not None:
+            self._in_flight = ahead, self.executor.launch_model(ahead)
+        return step.result()
+
+    def _take_in_flight(self) -> StepInFlight:
+        (self.last_scheduled, step), self._in_flight = self._in_flight, None
+        return step
+
     def reset(self) -> None:
         """Drop all requests and all cached prefixes."""
+        self._in_flight = None
         self._start_scheduler()
         self.executor.reset()
 

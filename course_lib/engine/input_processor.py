@@ -106,6 +106,8 @@ class InputProcessor:
             return text, self._tokenize(text), cache_salt
         if hasattr(token_ids, "tolist"):  # NumPy's and torch's numbers become Python's
             token_ids = token_ids.tolist()
+        if set(map(type, token_ids)) <= {int}:  # the common case: asking the abstract class takes longer than a step
+            return text, list(token_ids), cache_salt
         if not all(isinstance(t, Integral) and not isinstance(t, bool) for t in token_ids):
             raise TypeError("prompt_token_ids must be integers; pass text as a string instead")
         return text, [int(t) for t in token_ids], cache_salt

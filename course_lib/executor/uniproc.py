@@ -9,19 +9,31 @@ vLLM: `vllm/v1/executor/uniproc_executor.py`, `abstract.py`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from course_lib.config import EngineConfig
 from course_lib.core.messages import ModelRunnerOutput, SchedulerOutput
 from course_lib.runner.cache_size import decide_num_blocks
 from course_lib.runner.model_runner import ModelRunner
 
+if TYPE_CHECKING:
+    from course_lib.runner.gpu_model_runner import StepInFlight
+
+
+def make_runner(config: EngineConfig) -> ModelRunner:
+    """The runner for the configured device."""
+    if config.device == "cuda":
+        from course_lib.runner.gpu_model_runner import GpuModelRunner
+
+        return GpuModelRunner(config)
+    return ModelRunner(config)
+
 
 class UniProcExecutor:
     """Loads the model at construction."""
 
     def __init__(self, config: EngineConfig) -> None:
-        self.runner = ModelRunner(config)
+        self.runner = make_runner(config)
         self.runner.load_model()
 
     def determine_num_blocks(self) -> int:
@@ -31,10 +43,20 @@ class UniProcExecutor:
     def initialize_cache(self, num_blocks: int) -> None:
         """Allocate the KV cache."""
         self.runner.initialize_cache(num_blocks)
+        self.runner.warm_up()
+
+    @property
+    def can_run_ahead(self) -> bool:
+        """Whether `launch_model` exists: a step may be launched while another is in flight."""
+        return self.runner.can_run_ahead
 
     def execute_model(self, scheduled: SchedulerOutput) -> ModelRunnerOutput:
         """Run one step."""
         return self.runner.execute_model(scheduled)
+
+    def launch_model(self, scheduled: SchedulerOutput) -> StepInFlight:
+        """Start one step; its `result()` waits for the output."""
+        return self.runner.launch(scheduled)
 
     def reset(self) -> None:
         """Forget all requests after an interrupted step."""

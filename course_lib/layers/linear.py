@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from course_lib.layers.cpu_matmul import few_rows_linear, is_few_rows, linear
+from course_lib.layers.fused import linear_kernels
 from course_lib.layers.weights import FusedModule, WeightSlot, stacked_rows
 
 
@@ -40,6 +41,9 @@ class Linear(nn.Module):
         self.bias = frozen(out_features, dtype=dtype, device=device) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kernels = linear_kernels(x, self.weight) if self.bias is None else None
+        if kernels is not None:
+            return kernels.few_rows_linear(x, self.weight)
         return linear(x, self.weight, self.bias)
 
 
@@ -66,6 +70,9 @@ class MergedLinear(FusedModule):
         self.bias = frozen(sum(out_sizes), dtype=dtype, device=device) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kernels = linear_kernels(x, self.weight) if self.bias is None else None
+        if kernels is not None:
+            return kernels.few_rows_linear(x, self.weight)
         return linear(x, self.weight, self.bias)
 
     def parts(self) -> Iterator[tuple[str, WeightSlot]]:

@@ -23,6 +23,7 @@ from course_lib.layers.norm import QKNorm, RMSNorm
 from course_lib.layers.rotary import RotaryEmbedding, apply_rotary
 from course_lib.models.causal_lm import CausalLM
 
+# The gathered (cos, sin) of `RotaryEmbedding`; or, where the attention backend rotates, (table, positions).
 CosSin = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -87,7 +88,14 @@ class LlamaAttention(nn.Module):
             sliding_window=sliding_window,
         )
 
+    @property
+    def fuses_rotary(self) -> bool:
+        """Whether rotation is left to the attention backend; head norms would have to come in between."""
+        return self.qk_norm is None and self.attn.fuses_rotary
+
     def forward(self, hidden: torch.Tensor, cos_sin: CosSin, metadata: AttentionMetadata) -> torch.Tensor:
+        if self.fuses_rotary:
+            return self.o_proj(self.attn.forward_rotary(self.qkv_proj(hidden), *cos_sin, metadata))
         qk, v = self.qkv_proj(hidden).split((self.q_size + self.kv_size, self.kv_size), dim=-1)
         qk = qk.view(len(hidden), -1, self.head_dim)  # queries and keys are rotated in one go
         if self.qk_norm is not None:
@@ -161,7 +169,8 @@ class LlamaModel(nn.Module):
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        cos_sin = self.rotary(positions)
+        fuses_rotary = self.layers[0].self_attn.fuses_rotary  # all layers are of one class
+        cos_sin = (self.rotary.cos_sin, positions) if fuses_rotary else self.rotary(positions)
         residual = None
         for layer in self.layers:
             hidden, residual = layer(hidden, residual, cos_sin, metadata)

@@ -19,14 +19,20 @@ from course_lib.attention.metadata import AttentionMetadata
 from course_lib.config import EngineConfig
 from course_lib.core.messages import LogprobsLists, ModelRunnerOutput, NewRequestData, SchedulerOutput
 from course_lib.models.loader import load_model
-from course_lib.runner.input_batch import InputBatch, RequestState
+from course_lib.runner.input_batch import InputBatch, RequestState, slot_mapping
 from course_lib.runner.prompt_logprobs import PendingPromptLogprobs
 from course_lib.runner.sampling_inputs import SamplingInputs
 from course_lib.sampling.sampler import LogprobsTensors, Sampler
 
 
 class ModelRunner:
-    """Eager PyTorch, CPU or CUDA. Call `load_model`, then `initialize_cache`, then `execute_model`."""
+    """Eager PyTorch. Call `load_model`, then `initialize_cache`, then `execute_model`.
+
+    On a GPU the engine uses `gpu_model_runner`, which launches steps without waiting for them.
+    """
+
+    batch_class = InputBatch
+    can_run_ahead = False
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
@@ -38,7 +44,7 @@ class ModelRunner:
         self.generator = torch.Generator(self.device).manual_seed(config.model.seed)
         self.states: dict[str, RequestState] = {}
         limits = config.scheduler
-        self.batch = InputBatch(limits.max_num_seqs, limits.max_model_len, self.block_size)
+        self.batch = self.batch_class(limits.max_num_seqs, limits.max_model_len, self.block_size)
         self.sampling_inputs = SamplingInputs(
             self.batch, self.generator, self.device, config.model.vocab_size
         )
@@ -65,6 +71,9 @@ class ModelRunner:
         layers = self.model.attention_layers()
         for layer, kv_cache in zip(layers, self.backend.allocate_cache(len(layers), num_blocks), strict=True):
             layer.bind(self.backend, kv_cache)
+
+    def warm_up(self) -> None:
+        """What is better done before the first request, once the cache is there; here nothing."""
 
     # ---- one step -------------------------------------------------------------------------------
 
@@ -124,8 +133,7 @@ class ModelRunner:
         computed = batch.num_computed[rows].astype(np.int64)
         positions = np.arange(starts[-1]) + np.repeat(computed - starts[:-1], counts)
         input_ids = batch.token_ids[token_rows, positions].astype(np.int64)
-        block_ids = batch.block_table[token_rows, positions // self.block_size].astype(np.int64)
-        slots = block_ids * self.block_size + positions % self.block_size
+        slots = slot_mapping(batch.block_table, token_rows, positions, self.block_size)
         seq_lens = (computed + counts).astype(np.int32)
         max_seq_len = int(seq_lens.max())
         table = batch.block_table[rows, : -(-max_seq_len // self.block_size)]

@@ -1,4 +1,4 @@
-"""The paged KV cache kernels in Triton, with the arguments and meaning of `kernels.reference`.
+"""The kernels in Triton, with the arguments and meaning of `kernels.reference`.
 
 Invariant: no function here waits for the device or reads a device tensor on the host, so every one of
 them can be captured in a CUDA graph. On a CPU they run in Triton's interpreter: set TRITON_INTERPRET=1
@@ -17,7 +17,14 @@ except ImportError as error:
     ) from error
 
 from kernels.triton.cache_write import reshape_and_cache
+from kernels.triton.few_rows_linear import few_rows_linear
+from kernels.triton.gated_activation import silu_and_mul
 from kernels.triton.paged_decode import paged_attention_decode
 from kernels.triton.paged_varlen import paged_attention_varlen
+from kernels.triton.rms_norm import rms_norm
+from kernels.triton.rotary_cache import rotary_and_cache
 
-__all__ = ["paged_attention_decode", "paged_attention_varlen", "reshape_and_cache"]
+__all__ = [
+    "few_rows_linear", "paged_attention_decode", "paged_attention_varlen", "reshape_and_cache", "rms_norm",
+    "rotary_and_cache", "silu_and_mul",
+]  # fmt: skip

@@ -95,6 +95,24 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
                              f"{tensor.stride(-1)}.")  # fmt: skip
 
 
+def check_rows(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that an elementwise or row-wise kernel cannot read together; head sizes do not matter.
+
+    Raises TypeError (dtypes, bfloat16 under the interpreter) or ValueError (devices, strides) as
+    `check_tensors` does, which this is without the head sizes.
+    """
+    first_name, first = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        check_tensors({name: tensor[..., :1]})
+        if tensor.dtype != first.dtype:
+            raise TypeError(f"{name} is {tensor.dtype} but {first_name} is {first.dtype}: make them equal.")
+        if tensor.device != first.device:
+            raise ValueError(f"{name} is on {tensor.device} but {first_name} is on {first.device}.")
+        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise ValueError(f"{name} must be contiguous in its last dimension, its stride there is "
+                             f"{tensor.stride(-1)}.")  # fmt: skip
+
+
 def check_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
     """Refuse a tensor whose shape is not `shape`; None stands for any size. Raises ValueError."""
     if tensor.dim() == len(shape) and all(

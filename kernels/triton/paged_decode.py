@@ -53,12 +53,23 @@ def _decode_kernel(
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     table_row = block_table + request * table_stride
-    for tile_start in range(split_start, split_end, BLOCK_N):
+    # Without a window all tiles but the last are seen whole.
+    full_end = split_start
+    if WINDOW == 0:
+        full_end = tl.maximum(tl.minimum(split_end, seq_len // BLOCK_N * BLOCK_N), split_start)
+        for tile_start in range(split_start, full_end, BLOCK_N):
+            acc, row_max, row_sum = attend_tile(
+                acc, row_max, row_sum, q, q_pos, tile_start, kv_start, seq_len, table_row,
+                k_cache + kv_head * k_stride_h, v_cache + kv_head * v_stride_h,
+                k_stride_b, k_stride_t, v_stride_b, v_stride_t, qk_scale,
+                WINDOW, BLOCK_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D, True,
+            )  # fmt: skip
+    for tile_start in range(full_end, split_end, BLOCK_N):
         acc, row_max, row_sum = attend_tile(
             acc, row_max, row_sum, q, q_pos, tile_start, kv_start, seq_len, table_row,
             k_cache + kv_head * k_stride_h, v_cache + kv_head * v_stride_h,
             k_stride_b, k_stride_t, v_stride_b, v_stride_t, qk_scale,
-            WINDOW, BLOCK_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D,
+            WINDOW, BLOCK_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D, False,
         )  # fmt: skip
 
     # No key seen (an empty request or part): the result is 0, and weighs nothing in the merge.

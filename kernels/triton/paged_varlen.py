@@ -80,12 +80,23 @@ def _varlen_kernel(
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     table_row = block_table + request.to(tl.int64) * table_stride
-    for tile_start in range(kv_start // BLOCK_N * BLOCK_N, kv_end, BLOCK_N):
+    # Tiles that end before the first query's own position are seen whole by every query.
+    full_end = kv_start // BLOCK_N * BLOCK_N
+    if WINDOW == 0:
+        full_end = (context_len + first_query + 1) // BLOCK_N * BLOCK_N
+        for tile_start in range(0, full_end, BLOCK_N):
+            acc, row_max, row_sum = attend_tile(
+                acc, row_max, row_sum, q, q_pos, tile_start, kv_start, kv_end, table_row,
+                k_cache + kv_head * k_stride_h, v_cache + kv_head * v_stride_h,
+                k_stride_b, k_stride_t, v_stride_b, v_stride_t, qk_scale,
+                WINDOW, BLOCK_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D, True,
+            )  # fmt: skip
+    for tile_start in range(full_end, kv_end, BLOCK_N):
         acc, row_max, row_sum = attend_tile(
             acc, row_max, row_sum, q, q_pos, tile_start, kv_start, kv_end, table_row,
             k_cache + kv_head * k_stride_h, v_cache + kv_head * v_stride_h,
             k_stride_b, k_stride_t, v_stride_b, v_stride_t, qk_scale,
-            WINDOW, BLOCK_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D,
+            WINDOW, BLOCK_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D, False,
         )  # fmt: skip
 
     result = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]

@@ -214,3 +214,86 @@ def test_a_step_of_256_requests_costs_less_than_a_millisecond() -> None:
     """The median is near 0.4 ms on a quiet core; the bound leaves room for a busy machine."""
     seconds = sorted(measure_steps(256, num_steps=64))
     assert seconds[len(seconds) // 2] < 5e-3
+
+
+def run_ahead(scheduler: Scheduler, tokens: dict[str, list[int]]) -> list[str]:
+    """Serve everything, each step being planned before the one in front is reported. `tokens`: what each request
+    will be given, one after another. Returns which kind each plan was, "next" or "ahead"."""
+    kinds: list[str] = []
+    in_flight: SchedulerOutput | None = None
+    will_sample: set[str] = set()
+
+    def launch(scheduled: SchedulerOutput, kind: str) -> SchedulerOutput:
+        kinds.append(kind)
+        return scheduled
+
+    while scheduler.has_work or in_flight:
+        if in_flight is None:
+            in_flight = launch(scheduler.schedule(), "next")
+            will_sample = {i for i, r in scheduler.requests.items() if r.num_computed_tokens == r.num_tokens}
+        step, sampling = in_flight, will_sample
+        ahead = scheduler.schedule_ahead()
+        in_flight = None if ahead is None else launch(ahead, "ahead")
+        will_sample = set() if ahead is None else set(ahead.num_scheduled_tokens)
+        ids = list(step.num_scheduled_tokens)
+        output = ModelRunnerOutput(ids, [[tokens[i].pop(0)] if i in sampling else [] for i in ids])
+        scheduler.update_from_output(output)
+        scheduler.check_invariants()
+    return kinds
+
+
+def test_steps_planned_ahead_give_every_request_its_tokens() -> None:
+    """Three requests of different lengths; nobody gets a token too many or too few, no block is lost."""
+    for caching in (True, False):
+        scheduler = make_scheduler(caching=caching)
+        shapes = (("a", 5, 9), ("b", 8, 1), ("c", 3, 20))
+        requests = [make_request(name, length, max_tokens=n) for name, length, n in shapes]
+        for request in requests:
+            scheduler.add_request(request)
+        kinds = run_ahead(scheduler, {name: list(range(100, 200)) for name in "abc"})
+        assert kinds.count("ahead") == 19, "after the prompts' step, every step can be planned ahead"
+        assert [r.output_token_ids for r in requests] == [list(range(100, 100 + n)) for n in (9, 1, 20)]
+        assert scheduler.kv_cache.pool.num_free == scheduler.kv_cache.pool.num_blocks
+
+
+def test_a_stop_token_costs_one_dropped_token() -> None:
+    scheduler = make_scheduler()
+    request = make_request("a", 5, max_tokens=9, stop_token_ids=[103])
+    scheduler.add_request(request)
+    given = {"a": list(range(100, 200))}
+    run_ahead(scheduler, given)
+    assert request.output_token_ids == [100, 101, 102, 103]
+    assert given["a"][0] == 105, "the step in flight sampled once more"
+    assert scheduler.kv_cache.pool.num_free == scheduler.kv_cache.pool.num_blocks
+
+
+def test_nothing_is_planned_ahead_that_needs_the_tokens() -> None:
+    for params in ({"repetition_penalty": 1.2}, {"min_tokens": 2}, {"logprobs": 1}, {"presence_penalty": 0.5}):
+        scheduler = make_scheduler()
+        scheduler.add_request(make_request("a", 5, **params))
+        scheduler.schedule()
+        assert scheduler.schedule_ahead() is None, params
+    scheduler = make_scheduler(max_num_batched_tokens=16)  # a prompt in chunks
+    scheduler.add_request(make_request("a", 20))
+    scheduler.schedule()
+    assert scheduler.schedule_ahead() is None
+    scheduler = make_scheduler(num_blocks=2)  # no block is left: someone may have to be preempted
+    scheduler.add_request(make_request("a", 8))
+    scheduler.schedule()
+    assert scheduler.schedule_ahead() is None
+    scheduler = make_scheduler()  # someone could be admitted
+    scheduler.add_request(make_request("a", 8))
+    scheduler.schedule()
+    scheduler.add_request(make_request("b", 8))
+    assert scheduler.schedule_ahead() is None
+
+
+def test_an_aborted_request_and_a_new_one_of_its_name_do_not_mix() -> None:
+    scheduler = make_scheduler()
+    scheduler.add_request(make_request("a", 5))
+    scheduled = scheduler.schedule()
+    scheduler.finish_requests(["a"])
+    again = make_request("a", 6)
+    scheduler.add_request(again)
+    assert scheduler.update_from_output(ModelRunnerOutput(list(scheduled.num_scheduled_tokens), [[7]])) == []
+    assert again.num_output_tokens == 0

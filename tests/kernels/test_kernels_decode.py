@@ -82,7 +82,7 @@ def test_splits_are_chosen_from_shapes_only(triton_kernels, paged_batch, assert_
 
     monkeypatch.setattr(tiles, "_multiprocessors", lambda device: 132)
     cpu = torch.device("cpu")
-    assert tiles.choose_num_splits(2, 3, 8192, cpu) == 32
+    assert tiles.choose_num_splits(8, 3, 8192, cpu) == 32
     assert tiles.choose_num_splits(2, 3, 300, cpu) == 2, "no part shorter than it is worth"
     assert tiles.choose_num_splits(256, 3, 8192, cpu) == 1, "the batch alone fills the device"
     assert tiles.choose_num_splits(1, 1, 10**6, cpu) == 64

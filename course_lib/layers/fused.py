@@ -1,0 +1,37 @@
+"""Where a layer's small operations run: in the fused Triton kernels on a GPU, in plain torch elsewhere.
+
+On a GPU a layer of a small model is mostly launches and trips to memory, so a norm with its addition, an
+activation with its product, a rotation with the cache write are one kernel each. Invariant: a layer computes
+the same function either way, up to rounding. vLLM: `vllm/model_executor/custom_op.py` chooses like this.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+
+import torch
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def fused_kernels(x: torch.Tensor) -> ModuleType | None:
+    """`kernels.triton` if it is to be used for x, else None."""
+    return _triton() if x.is_cuda and x.dtype in _DTYPES else None
+
+
+def linear_kernels(x: torch.Tensor, weight: torch.Tensor) -> ModuleType | None:
+    """`kernels.triton` if its product of a few rows is the fastest for x W^T: one to four rows, a matrix that is
+    neither long in its rows nor a language-model head, 16-bit numbers."""
+    if not x.is_cuda or x.shape[0] > 4 or x.dtype == torch.float32 or max(weight.shape) > 4096:
+        return None
+    return fused_kernels(x)
+
+
+@functools.cache
+def _triton() -> ModuleType | None:
+    try:
+        import kernels.triton
+    except ImportError:  # no wheel for this system
+        return None
+    return kernels.triton
