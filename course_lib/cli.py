@@ -31,15 +31,26 @@ class Command:
     needs: tuple[str, ...] = ("torch", "transformers", "safetensors")  # modules; () = runs without the set-up
     course_model: bool = False  # fetch the course model first
     passes_on: bool = False  # run_<function>(args, extra): unknown arguments are somebody else's
+    mine: bool = False  # has --mine: run it with the learner's passed exercises in the engine
 
 
 COMMANDS = {
     "lab": Command(
         "open the lessons in JupyterLab",
-        "course_lib.bootstrap.lab",
+        "course_lib.teaching.commands",
         "lab",
-        needs=("torch", "transformers", "gguf", "jupyterlab", "jupytext", "ipywidgets"),
+        needs=("torch", "transformers", "gguf", "jupyterlab", "jupytext", "ipywidgets", "matplotlib"),
         course_model=True,
+    ),
+    "check": Command(
+        "check all exercises of a lesson",
+        "course_lib.teaching.commands",
+        "check",
+        needs=("torch", "transformers", "gguf", "ipykernel", "nbval"),
+        course_model=True,
+    ),
+    "progress": Command(
+        "show what you have done and what comes next", "course_lib.teaching.commands", "progress", needs=()
     ),
     "test": Command(
         "run the tests",
@@ -52,9 +63,18 @@ COMMANDS = {
     "doctor": Command(
         "say what is installed, what is wrong and how to fix it", "course_lib.cli", "doctor", needs=()
     ),
-    "generate": Command("complete a prompt", "course_lib.entrypoints.cli_generate", "generate"),
-    "chat": Command("hold a conversation in the terminal", "course_lib.entrypoints.cli_generate", "chat"),
+    "generate": Command("complete a prompt", "course_lib.entrypoints.cli_generate", "generate", mine=True),
+    "chat": Command(
+        "hold a conversation in the terminal", "course_lib.entrypoints.cli_generate", "chat", mine=True
+    ),
     "bench": Command("measure speed, against transformers if asked", "course_lib.bench.cli", "bench"),
+    "build": Command(
+        "make the notebooks from the lessons' sources (for authors)",
+        "course_lib.teaching.builder",
+        "build",
+        needs=("torch", "transformers", "gguf", "jupytext", "nbclient", "ipywidgets", "matplotlib"),
+        course_model=True,
+    ),
 }
 
 
@@ -98,6 +118,11 @@ def _dispatch(argv: list[str]) -> int:
         from course_lib.model_store import COURSE_MODEL, resolve_model
 
         resolve_model(COURSE_MODEL)
+    if command.mine and args.mine:
+        from course_lib.teaching.patching import my_code
+
+        with my_code(file=sys.stderr):
+            return run(args)
     return run(args, extra) if command.passes_on else run(args)
 
 
@@ -106,6 +131,8 @@ def _parse(argv: list[str], command: Command) -> tuple[Callable[..., int], argpa
     description = command.summary[0].upper() + command.summary[1:] + "."
     parser = argparse.ArgumentParser(prog=f"{PROGRAM} {argv[0]}", description=description, allow_abbrev=False)
     getattr(module, f"add_{command.function}_arguments")(parser)
+    if command.mine:
+        parser.add_argument("--mine", action="store_true", help="run your own passed exercises inside the engine")
     args, extra = (
         parser.parse_known_args(argv[1:]) if command.passes_on else (parser.parse_args(argv[1:]), [])
     )

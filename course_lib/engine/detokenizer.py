@@ -6,7 +6,8 @@ text's last characters, they are held back. Where the text ends does not depend 
 tokens: the stop string that is *completed* first wins, of several completed by the same character the
 longest.
 
-vLLM: `vllm/v1/engine/detokenizer.py` (there the first in the list wins).
+vLLM: `vllm/v1/engine/detokenizer.py` (in 0.8.5 the first in the list won; since then the one completed first, and
+of several completed by the same character the first in the list).
 """
 
 from __future__ import annotations

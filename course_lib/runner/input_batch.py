@@ -44,6 +44,27 @@ class RequestState:
     error: str | None = None  # what the request's own logits processors raised, if they did
 
 
+def slot_mapping(
+    block_table: np.ndarray, token_rows: np.ndarray, positions: np.ndarray, block_size: int
+) -> np.ndarray:
+    """Where in the paged cache each token's key and value go: block id * block size + offset in the block.
+
+    Args:
+        block_table: int32 [rows, blocks]; entry [r, i] holds positions i * BS to (i + 1) * BS - 1 of row r.
+        token_rows: int64 [T], the table row that each token belongs to.
+        positions: int64 [T], each token's position in its request.
+        block_size: tokens per block (BS).
+
+    Returns:
+        int64 [T]. All layers use the same slots, each in its own cache.
+
+    vLLM: `vllm/v1/worker/block_table.py` (`compute_slot_mapping`).
+    """
+    # int64 before it is multiplied: the slots of a large cache do not fit the table's int32.
+    block_ids = block_table[token_rows, positions // block_size].astype(np.int64)
+    return block_ids * block_size + positions % block_size
+
+
 class InputBatch:
     """Args:
     max_num_seqs: rows.

@@ -34,7 +34,7 @@ def command(monkeypatch):
     return register
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["lab", "--help"], ["test", "-h"], ["doctor", "-h"], []])
+@pytest.mark.parametrize("arguments", [["--help"], *([name, "-h"] for name in cli.COMMANDS), []])
 def test_help_needs_nothing_installed(arguments, tmp_path):
     environment = {"PATH": "/nonexistent", "HOME": str(tmp_path), "COURSE_VENV": str(tmp_path / "venv")}
     answer = subprocess.run(
@@ -58,7 +58,7 @@ def test_unknown_command_names_the_near_one(capsys):
 
 def test_unknown_command_without_a_near_one_lists_all(capsys):
     assert cli.main(["zzzzz"]) == 2
-    assert "lab, test, doctor, generate, chat" in capsys.readouterr().err
+    assert "lab, check, progress, test, doctor, generate, chat" in capsys.readouterr().err
 
 
 def test_unknown_option_is_refused():

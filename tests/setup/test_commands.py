@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -19,28 +19,32 @@ def test_pytest_runs_over_tests_unless_told_otherwise():
     assert "tests" not in named
 
 
-def test_welcome_notebook_is_made_once_and_then_the_learners(tmp_path):
-    notebook = lab.welcome_notebook(work=tmp_path / "work")
-    cells = json.loads(notebook.read_text())["cells"]
-    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    assert any("llm.chat(" in source for source in code) and cells[0]["cell_type"] == "markdown"
-    for source in code:
-        compile(source, "cell", "exec")
-    notebook.write_text("mine")
-    assert lab.welcome_notebook(work=tmp_path / "work").read_text() == "mine"
-    assert [path.name for path in notebook.parent.iterdir()] == ["welcome.ipynb"]
-
-
 def test_lab_command():
-    args = argparse.Namespace(no_browser=True, port=9000)
-    command = lab.lab_command(args, REPO_ROOT / "work" / "welcome.ipynb")
+    command = lab.lab_command(REPO_ROOT / "work" / "HOME.md", browser=False, port=9000)
     assert command[:3] == [sys.executable, "-m", "jupyterlab"]
     assert {
         "--no-browser",
         "--port=9000",
-        "--LabApp.default_url=/lab/tree/work/welcome.ipynb",
+        "--LabApp.default_url=/lab/tree/work/HOME.md",
         f"--ServerApp.root_dir={REPO_ROOT}",
     } <= set(command)
+    command = lab.lab_command(Path("/elsewhere/work/HOME.md"))
+    assert {"--LabApp.default_url=/lab/tree/HOME.md", "--ServerApp.root_dir=/elsewhere/work"} <= set(command)
+    assert not [argument for argument in command if "port" in argument or "browser" in argument]
+
+
+def test_lab_starts_with_the_courses_settings(monkeypatch):
+    started = []
+    monkeypatch.setattr(lab.os, "execve", lambda *arguments: started.append(arguments))
+    lab.become_jupyterlab(
+        REPO_ROOT / "work", {"JUPYTER_CONFIG_PATH": "/mine", "A": "b"}, browser=True, port=None
+    )
+    [(program, command, environment)] = started
+    assert program == command[0] == sys.executable and environment["A"] == "b"
+    assert environment["JUPYTER_CONFIG_PATH"].split(":") == [str(lab.SETTINGS), "/mine"]
+    settings = json.loads((lab.SETTINGS / "labconfig" / "default_setting_overrides.json").read_text())
+    viewers = settings["@jupyterlab/docmanager-extension:plugin"]["defaultViewers"]
+    assert viewers == {"markdown": "Markdown Preview"}
 
 
 def _report(check):
