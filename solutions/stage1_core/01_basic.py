@@ -88,8 +88,8 @@ predict("01.a")
 
 # %%
 @torch.inference_mode()
-def seconds(run, repeats=3):
-    run()  # the first call also pays for memory
+def seconds(run, repeats=2):
+    """The fastest of some runs: the first one also pays for fresh memory."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
