@@ -70,7 +70,9 @@ class EngineCore:
         if not self.has_work:
             return []
         try:
-            output = self._run_ahead() if self.executor.can_run_ahead else self.executor.execute_model(self._plan())
+            # A step that is in flight is read first, also if no other may be launched ahead any more.
+            ahead = self.executor.can_run_ahead or self._in_flight is not None
+            output = self._run_ahead() if ahead else self.executor.execute_model(self._plan())
             news = self.scheduler.update_from_output(output)
             if self._in_flight is not None and not self.scheduler.requests:
                 self._take_in_flight().result()  # all have ended: what it computes is wanted by nobody
@@ -93,7 +95,7 @@ class EngineCore:
             scheduled = self._plan()
             self._in_flight = scheduled, self.executor.launch_model(scheduled)
         step = self._take_in_flight()
-        ahead = self.scheduler.schedule_ahead()
+        ahead = self.scheduler.schedule_ahead() if self.executor.can_run_ahead else None
         if ahead is not None:
             self._in_flight = ahead, self.executor.launch_model(ahead)
         return step.result()

@@ -24,6 +24,7 @@ from course_lib.config import EngineConfig
 from course_lib.core.messages import LogprobsLists, ModelRunnerOutput, SchedulerOutput
 from course_lib.runner.device_batch import DeviceBatch
 from course_lib.runner.device_inputs import DecodeInputs, TokenInputs
+from course_lib.runner.input_batch import slot_mapping
 from course_lib.runner.model_runner import ModelRunner
 from course_lib.runner.step_graphs import StepGraphs, decode_sizes, token_sizes
 from course_lib.sampling.sampler import LogprobsTensors
@@ -117,9 +118,9 @@ class GpuModelRunner(ModelRunner):
 
     def _launch_decode(self, graphs: StepGraphs, rows: np.ndarray) -> StepInFlight:
         """One token for each of `rows`, by a graph."""
-        batch, size = self.batch, self.block_size
+        batch = self.batch
         positions = batch.num_computed[rows].astype(np.int64)
-        slots = batch.block_table[rows, positions // size].astype(np.int64) * size + positions % size
+        slots = slot_mapping(batch.block_table, rows, positions, self.block_size)
         self.inputs.fill(rows, batch.token_ids[rows, positions], batch.in_flight_index[rows], positions, slots)
         padded = graphs.size_for(len(batch.request_ids))
         return self._sample_replayed(graphs.replay(padded), rows, np.ones_like(rows), padded)
@@ -127,12 +128,12 @@ class GpuModelRunner(ModelRunner):
     def _launch_tokens(self, graphs: StepGraphs, rows: np.ndarray, counts: np.ndarray) -> StepInFlight:
         """Any number of tokens for each of `rows`, by a graph. No token of theirs is in flight: a step that
         is scheduled ahead computes one token a row."""
-        batch, size = self.batch, self.block_size
+        batch = self.batch
         computed = batch.num_computed[rows].astype(np.int64)
         token_rows = np.repeat(rows, counts)
         ends = np.cumsum(counts)
         positions = np.arange(ends[-1]) + np.repeat(computed - ends + counts, counts)
-        slots = batch.block_table[token_rows, positions // size].astype(np.int64) * size + positions % size
+        slots = slot_mapping(batch.block_table, token_rows, positions, self.block_size)
         ids = batch.token_ids[token_rows, positions]
         self.token_inputs.fill(rows, counts, computed + counts, ids, positions, slots)
         return self._sample_replayed(graphs.replay(graphs.size_for(len(ids))), rows, counts, int(rows[-1]) + 1)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from course_lib.core.messages import ModelRunnerOutput
 from course_lib.sampling_params import SamplingParams
-from course_lib.teaching.trace import record
+from course_lib.teaching.trace import record, step_by_step
 
 if TYPE_CHECKING:
     from course_lib import LLM
@@ -64,7 +64,8 @@ def limited(
         _set(core, frontend, *_changed(core, num_blocks, enable_prefix_caching, check_invariants, limits))
         if not run_model:
             core.executor.execute_model = lambda plan: _stand_in(core, plan)
-        yield
+        with step_by_step(core):
+            yield
     finally:
         vars(core.executor).pop("execute_model", None)
         frontend.forget_all()

@@ -17,6 +17,22 @@ from course_lib.teaching.trace_data import RequestTrace, Step, Trace
 
 
 @contextmanager
+def step_by_step(core: Any) -> Iterator[None]:
+    """Inside the block no step is launched before the tokens of the one before it are read, as on a GPU it may be:
+    the tokens are the same, and every step is scheduled, run and read in that order."""
+    runner = core.executor.runner
+    before = vars(runner).get("can_run_ahead")  # of this one object: such a block may stand in another
+    runner.can_run_ahead = False
+    try:
+        yield
+    finally:
+        if before is None:
+            del runner.can_run_ahead
+        else:
+            runner.can_run_ahead = before
+
+
+@contextmanager
 def record(engine: Any) -> Iterator[Trace]:
     """Record what `engine` does inside the block.
 
@@ -72,6 +88,7 @@ class _Recorder:
 
     def listen(self) -> None:
         """Start; `undo.close()` ends it."""
+        self.undo.enter_context(step_by_step(self.core))
         for state in list(self.frontend.output_processor.states.values()):
             self._expect(state)
         self._wrap(self.frontend, "prepare", self._prepare)

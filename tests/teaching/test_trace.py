@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from course_lib import LLM, AsyncLLM, EngineArgs, LLMEngine, SamplingParams
+from course_lib.core.messages import SchedulerOutput
 from course_lib.core.scheduler import Scheduler
+from course_lib.runner.model_runner import ModelRunner
 from course_lib.teaching.trace import Trace, record
 
 PROMPTS = {
@@ -146,6 +148,34 @@ def test_requests_under_way_are_recorded_from_then_on(engine: LLMEngine) -> None
     while engine.has_unfinished_requests():
         engine.step()
     assert len(trace.steps) == 1 and trace.requests["a"].reason is None
+
+
+class LaunchedStep:
+    """A step that a CPU runner computes when it is asked for the result."""
+
+    def __init__(self, runner: ModelRunner, plan: SchedulerOutput) -> None:
+        self.result = lambda: runner.execute_model(plan)
+
+
+def test_an_engine_that_runs_ahead_is_recorded_step_by_step(
+    engine: LLMEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run(engine, PROMPTS, greedy(12))
+    engine.reset_prefix_cache()
+    monkeypatch.setattr(ModelRunner, "can_run_ahead", True)
+    monkeypatch.setattr(ModelRunner, "launch", lambda runner, plan: LaunchedStep(runner, plan), raising=False)
+    for name, prompt in PROMPTS.items():
+        engine.add_request(name, prompt, greedy(12))
+    tokens = {}
+    while engine.core._in_flight is None:  # until a step was launched ahead
+        tokens |= {out.request_id: list(out.outputs[0].token_ids) for out in engine.step()}
+    with record(engine) as trace:
+        while engine.has_unfinished_requests():
+            tokens |= {out.request_id: list(out.outputs[0].token_ids) for out in engine.step()}
+            assert engine.core._in_flight is None
+    assert tokens == expected
+    assert all(step.execute_s > 0 and step.sampled for step in trace.steps)
+    assert engine.core.executor.can_run_ahead
 
 
 def test_recording_goes_on_after_a_failed_step(engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
