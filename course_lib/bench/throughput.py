@@ -1,88 +1,63 @@
-"""Output tokens per second of many prompts at once: this engine, and transformers' static batching.
+"""Output tokens per second of many prompts at once: this engine, and transformers' static or continuous batching.
 
-Both sides get the same weights, dtype, threads and prompts, and produce the same number of tokens; the
-repeats are interleaved, so that a machine that slows down slows down for both.
+The repeats are interleaved, so that a machine that slows down slows down for both.
 """
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
 from typing import Any
 
-from course_lib.bench.workloads import random_prompts
+from tqdm.auto import tqdm
+
+from course_lib.bench.engine_side import EngineOptions, check_fits, run_items, warm_up
+from course_lib.bench.ledger import Row
+from course_lib.bench.step_split import split_steps
+from course_lib.bench.transformers_side import load_transformers, run_peer
+from course_lib.bench.workloads import WorkItem, output_tokens
+
+_SHARED_GPU = 0.4  # of the memory, when a peer needs its own
 
 
 def measure_throughput(
-    *,
-    model: str | None,
-    dtype: str,
-    num_prompts: int,
-    input_len: tuple[int, int],
-    output_len: int,
-    repeats: int,
-    peer: str | None,
-) -> dict[str, list[float]]:
-    """Output tokens/s of each repeat, by side ("course_lib", and the peer if one is named).
+    options: EngineOptions, make_items: Callable[[int], list[WorkItem]], *, repeats: int, peer: str | None
+) -> list[Row]:
+    """One row per side, in output tok/s; the engine's has the step split of a separate pass.
 
-    `input_len`: shortest and longest prompt, in tokens; lengths are uniform in between.
+    `make_items`: from the vocabulary's size to the workload.
     """
     from course_lib import LLM
 
-    named = {} if model is None else {"model": model}
-    llm = LLM(**named, dtype=dtype, max_model_len=2048)
+    llm = LLM(**options.arguments(**_memory_share(peer, options)))
     config = llm.llm_engine.config
-    prompts = random_prompts(num_prompts, *input_len, config.model.vocab_size)
-    hf_model = _load_transformers(config) if peer == "transformers" else None
-    results: dict[str, list[float]] = {"course_lib": []}
-    _run_engine(llm, prompts, 2)  # both sides warm up: lazy imports, memory pages
-    if hf_model is not None:
-        results["transformers"] = []
-        _run_transformers(hf_model, prompts, 2)
-    for _ in range(repeats):
-        results["course_lib"].append(num_prompts * output_len / _run_engine(llm, prompts, output_len))
-        if hf_model is not None:
-            seconds = _run_transformers(hf_model, prompts, output_len)
-            results["transformers"].append(num_prompts * output_len / seconds)
-    return results
+    items = make_items(config.model.vocab_size)
+    check_fits(items, options)
+    sides: dict[str, Callable[[list[WorkItem]], float]] = {"course_lib": lambda work: run_items(llm, work)}
+    if peer is not None:
+        model = load_transformers(config)
+        sides[peer] = lambda work: run_peer(peer, model, work)
+    warm_up(llm, items)
+    for name in list(sides)[1:]:
+        sides[name]([WorkItem(item.prompt_token_ids, 2) for item in items])
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in tqdm(range(repeats), desc="throughput", leave=False):
+        for name, run in sides.items():
+            seconds[name].append(run(items))
+    with split_steps(llm.llm_engine) as split:
+        run_items(llm, items)
+    facts: dict[str, dict[str, Any]] = {
+        "course_lib": {"split_ms_per_step": split.per_step_ms(), "split_steps": split.steps}
+    }
+    count = output_tokens(items)
+    return [
+        Row(name, "output tok/s", [count / s for s in taken], group="throughput", details=facts.get(name, {}))
+        for name, taken in seconds.items()
+    ]
 
 
-def _run_engine(llm: Any, prompts: list[list[int]], output_len: int) -> float:
-    """Seconds, without help from the prefix cache of an earlier repeat."""
-    from course_lib import SamplingParams
-
-    llm.reset_prefix_cache()
-    params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True)
-    started = time.perf_counter()
-    outputs = llm.generate(prompts, params, use_tqdm=False)
-    seconds = time.perf_counter() - started
-    produced = sum(len(output.outputs[0].token_ids) for output in outputs)
-    if produced != len(prompts) * output_len:
-        raise RuntimeError(f"{produced} tokens produced, {len(prompts) * output_len} expected")
-    return seconds
-
-
-def _load_transformers(config: Any) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    dtype = getattr(torch, config.model.dtype)
-    return AutoModelForCausalLM.from_pretrained(config.model.path, dtype=dtype).eval().to(config.device)
-
-
-def _run_transformers(model: Any, prompts: list[list[int]], output_len: int) -> float:
-    """Seconds for one left-padded static batch."""
+def _memory_share(peer: str | None, options: EngineOptions) -> dict[str, Any]:
     import torch
 
-    longest = max(map(len, prompts))
-    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[row, longest - len(prompt) :] = 1
-    started = time.perf_counter()
-    with torch.inference_mode():
-        model.generate(
-            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), do_sample=False,
-            max_new_tokens=output_len, min_new_tokens=output_len, pad_token_id=0,
-        )  # fmt: skip
-    return time.perf_counter() - started
+    if peer is None or options.device == "cpu" or not torch.cuda.is_available():
+        return {}
+    return {"gpu_memory_utilization": _SHARED_GPU}

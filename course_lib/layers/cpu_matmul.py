@@ -6,7 +6,8 @@ y^T = W x^T. Measured on an AVX-512 machine; from some hundred rows on the usual
 
 Reduced precision goes to oneDNN, which multiplies by blocked tiles of the weight. Given a plain matrix it must
 gather those tiles on every call; given a weight packed once, at load time, it streams. A packed weight is an opaque
-tensor (`is_mkldnn`) of the same shape; it replaces the plain one, so memory stays the same. Where oneDNN has no packed
+tensor (`is_mkldnn`) of the same shape; it replaces the plain one, so memory stays the same; products of a few rows
+have a form of their own (`few_rows_weight`). Where oneDNN has no packed
 form for a dtype (float16 without AVX512-FP16, other processors), weights stay as they are.
 
 float32 is not packed: oneDNN adds up long rows in fewer partial sums than MKL. Logits of the course model then differ
@@ -19,6 +20,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+
+from course_lib.layers.few_rows_weight import FewRowsWeight
 
 # The batch size oneDNN tunes the layout for. Layouts for 64 and 256 rows were the fastest at every size measured
 # from 1 to 1,024 rows; the one for a single row was slower even for a single row.
@@ -43,8 +46,16 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`x W^T + b`, weight packed or plain. x [T, in] -> [T, out], contiguous."""
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    few_rows: FewRowsWeight | None = None,
+) -> torch.Tensor:
+    """`x W^T + b`, weight packed or plain, `few_rows` its form for few rows. x [T, in] -> [T, out], contiguous."""
+    if few_rows is not None and 0 < x.shape[0] <= few_rows.most_rows:
+        product = few_rows.multiply(x)
+        return product if bias is None else product.add_(bias)
     if weight.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     if is_few_rows(x):

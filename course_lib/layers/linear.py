@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from course_lib.layers.cpu_matmul import few_rows_linear, is_few_rows, linear
+from course_lib.layers.few_rows_weight import FewRowsWeight
 from course_lib.layers.fused import linear_kernels
 from course_lib.layers.weights import FusedModule, WeightSlot, stacked_rows
 
@@ -39,12 +40,13 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = frozen(out_features, in_features, dtype=dtype, device=device)
         self.bias = frozen(out_features, dtype=dtype, device=device) if bias else None
+        self.few_rows: FewRowsWeight | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         kernels = linear_kernels(x, self.weight) if self.bias is None else None
         if kernels is not None:
             return kernels.few_rows_linear(x, self.weight)
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias, self.few_rows)
 
 
 class MergedLinear(FusedModule):
@@ -68,12 +70,13 @@ class MergedLinear(FusedModule):
         self.names = names
         self.weight = frozen(sum(out_sizes), in_features, dtype=dtype, device=device)
         self.bias = frozen(sum(out_sizes), dtype=dtype, device=device) if bias else None
+        self.few_rows: FewRowsWeight | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         kernels = linear_kernels(x, self.weight) if self.bias is None else None
         if kernels is not None:
             return kernels.few_rows_linear(x, self.weight)
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias, self.few_rows)
 
     def parts(self) -> Iterator[tuple[str, WeightSlot]]:
         for (name, rows), size in zip(stacked_rows(self.names, self.out_sizes), self.out_sizes, strict=True):

@@ -16,8 +16,9 @@ from torch import nn
 from course_lib.attention.layer import Attention
 from course_lib.attention.metadata import AttentionMetadata
 from course_lib.errors import CorruptModelError, UnsupportedModelError
-from course_lib.layers.linear import Linear, MergedLinear
 from course_lib.layers.cpu_matmul import can_pack, linear, pack
+from course_lib.layers.few_rows_weight import FewRowsWeight, four_bit_form, half_form
+from course_lib.layers.linear import Linear, MergedLinear
 from course_lib.layers.weights import WeightSlot, checkpoint_slots
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -30,6 +31,7 @@ class CausalLM(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.packed_head: torch.Tensor | None = None
+        self.few_rows_head: FewRowsWeight | None = None
 
     def forward(
         self,
@@ -56,7 +58,7 @@ class CausalLM(nn.Module):
     def tied_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits by the embedding table itself, hidden [N, hidden] -> [N, vocab]."""
         head = self.embedding_weight() if self.packed_head is None else self.packed_head
-        return linear(hidden, head)
+        return linear(hidden, head, few_rows=self.few_rows_head)
 
     def pack_weights(self) -> None:
         """Lay the weights of all matrix products out for this CPU; does nothing where that is not possible.
@@ -68,8 +70,10 @@ class CausalLM(nn.Module):
             return
         if TIED_HEAD not in self.slots:
             self.packed_head = pack(table)
+            self.few_rows_head = four_bit_form(table) or half_form(table)
         self.__dict__.pop("slots", None)  # they would keep every plain weight alive beside its packed one
         for module in self._linears():
+            module.few_rows = four_bit_form(module.weight)
             module.weight = nn.Parameter(pack(module.weight), requires_grad=False)
 
     def unpack_weights(self) -> None:
@@ -77,7 +81,8 @@ class CausalLM(nn.Module):
         for module in self._linears():
             if module.weight.is_mkldnn:
                 module.weight = nn.Parameter(module.weight.to_dense(), requires_grad=False)
-        self.packed_head = None
+            module.few_rows = None
+        self.packed_head = self.few_rows_head = None
         self.__dict__.pop("slots", None)
 
     def _linears(self) -> Iterator[Linear | MergedLinear]:

@@ -1,8 +1,9 @@
 """How many KV blocks fit.
 
-On a GPU: run the largest step there can be, see how much memory it took at its peak, and give what
-is left under `gpu_memory_utilization` to the cache. On a CPU, memory belongs to everybody: take a
-quarter of what is free, at most 4 GiB; pages are only really taken when first used.
+On a GPU: run the largest step there can be, see how much memory it took at its peak, capture a few CUDA
+graphs to see what all will take, and give what is left under `gpu_memory_utilization` to the cache. On a
+CPU, memory belongs to everybody: take a quarter of what is free, at most 4 GiB; pages are only really
+taken when first used.
 
 vLLM: `determine_available_memory` in `vllm/v1/worker/gpu_worker.py`, `check_enough_kv_cache_memory`
 in `vllm/v1/core/kv_cache_utils.py`.
@@ -20,6 +21,7 @@ from course_lib.core.messages import CachedRequestData, NewRequestData, Schedule
 from course_lib.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
+    from course_lib.runner.gpu_model_runner import GpuModelRunner
     from course_lib.runner.model_runner import ModelRunner
 
 _CPU_FRACTION = 0.25
@@ -76,17 +78,18 @@ def _cgroup_rooms(root: Path) -> list[int]:
     return rooms
 
 
-def _free_cuda_memory(runner: ModelRunner) -> int:
-    """Bytes left for the cache beside the weights and the largest step's activations."""
-    free_before, total = torch.cuda.mem_get_info()
+def _free_cuda_memory(runner: GpuModelRunner) -> int:
+    """Bytes left for the cache beside the weights, the largest step's activations and the CUDA graphs."""
     torch.cuda.reset_peak_memory_stats()
     _run_largest_step(runner)
     torch.cuda.synchronize()
+    free, total = torch.cuda.mem_get_info()
     # What others hold on this device, plus our own peak.
-    foreign = total - free_before - torch.cuda.memory_reserved()
+    foreign = total - free - torch.cuda.memory_reserved()
     peak = torch.cuda.max_memory_allocated()
+    graphs = runner.graph_memory()
     torch.cuda.empty_cache()
-    return max(0, int(total * runner.config.cache.gpu_memory_utilization) - foreign - peak)
+    return max(0, int(total * runner.config.cache.gpu_memory_utilization) - foreign - peak - graphs)
 
 
 def _run_largest_step(runner: ModelRunner) -> None:

@@ -26,7 +26,7 @@ from course_lib.runner.device_batch import DeviceBatch
 from course_lib.runner.device_inputs import DecodeInputs, TokenInputs
 from course_lib.runner.input_batch import slot_mapping
 from course_lib.runner.model_runner import ModelRunner
-from course_lib.runner.step_graphs import StepGraphs, decode_sizes, token_sizes
+from course_lib.runner.step_graphs import CapturedStep, StepGraphs, capture, decode_sizes, measure_capture, token_sizes
 from course_lib.sampling.sampler import LogprobsTensors
 
 
@@ -64,23 +64,37 @@ class GpuModelRunner(ModelRunner):
         self.row_starts = torch.arange(max_num_seqs + 1, dtype=torch.int32, device=self.device)
         self.token_inputs = TokenInputs(config.scheduler.max_num_batched_tokens, max_num_seqs, self.device)
         self.graphs: tuple[StepGraphs, StepGraphs] | None = None  # of decode steps, of all others
+        self._token_logits: torch.Tensor | None = None
         self._newest: StepInFlight | None = None
 
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Capture the graphs, once the cache is there; not under `enforce_eager`, and not with the torch
         backend, which plans on the host."""
-        if self.config.enforce_eager or self.config.attention_backend != "triton":
-            return
-        with torch.cuda.device(self.device):
-            pool = torch.cuda.graph_pool_handle()
-            limits = self.config.scheduler
-            sizes = token_sizes(limits.max_num_batched_tokens)
+        if self._captures:
+            others, decodes = capture(self._captured_steps(), self.device)
+            self.graphs = decodes, others
+
+    @torch.inference_mode()
+    def graph_memory(self) -> int:
+        """Bytes that `warm_up` will take; needs some cache, any size will do."""
+        return measure_capture(self._captured_steps(), self.device) if self._captures else 0
+
+    @property
+    def _captures(self) -> bool:
+        return not self.config.enforce_eager and self.config.attention_backend == "triton"
+
+    def _captured_steps(self) -> list[CapturedStep]:
+        """Of any numbers of tokens, and of one token each."""
+        limits = self.config.scheduler
+        if self._token_logits is None:
             self._token_logits = torch.empty(
                 (limits.max_num_seqs, self.config.model.vocab_size), dtype=self.dtype, device=self.device
             )
-            others = StepGraphs(sizes, self._compute_tokens, pool)
-            self.graphs = StepGraphs(decode_sizes(limits.max_num_seqs), self._decode, pool), others
+        return [
+            (token_sizes(limits.max_num_batched_tokens), self._compute_tokens),
+            (decode_sizes(limits.max_num_seqs), self._decode),
+        ]
 
     # ---- one step -------------------------------------------------------------------------------
 

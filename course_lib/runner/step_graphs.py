@@ -17,6 +17,10 @@ from collections.abc import Callable
 
 import torch
 
+# Its sizes, ascending, and what computes a step of one of them and returns the logits.
+CapturedStep = tuple[list[int], Callable[[int], torch.Tensor]]
+_LEAST_GRAPH = 1 << 20  # bytes
+
 
 def decode_sizes(max_num_seqs: int) -> list[int]:
     """Padded batch sizes, ascending; the last one is `max_num_seqs`. Steps grow, so padding stays near 10 %."""
@@ -67,3 +71,50 @@ class StepGraphs:
         graph, logits = self._graphs[size]
         graph.replay()
         return logits
+
+
+def capture(steps: list[CapturedStep], device: torch.device) -> list[StepGraphs]:
+    """Graphs of every size of every kind of step, in one pool."""
+    with torch.cuda.device(device):
+        pool = torch.cuda.graph_pool_handle()
+        graphs = [StepGraphs(sizes, run, pool) for sizes, run in steps]
+        torch.cuda.empty_cache()  # what the steps before each capture took
+    return graphs
+
+
+def measure_capture(steps: list[CapturedStep], device: torch.device) -> int:
+    """Bytes that `capture` will take, so that the cache can be sized before its addresses are known to any graph:
+    from the two largest graphs of each kind, which are dropped again.
+
+    vLLM: `profile_cudagraph_memory` in `vllm/v1/worker/gpu_model_runner.py`.
+    """
+    total, kept = 0, []
+    with torch.cuda.device(device):
+        pool = torch.cuda.graph_pool_handle()
+        free = _free_memory()
+        for sizes, run in steps:
+            samples = []
+            for size in sizes[:-3:-1]:
+                kept.append(StepGraphs([size], run, pool))
+                before, free = free, _free_memory()
+                samples.append(before - free)
+            total += graph_bytes(samples, len(sizes))
+        kept.clear()
+        torch.cuda.empty_cache()
+    return total
+
+
+def graph_bytes(samples: list[int], count: int) -> int:
+    """Bytes of `count` graphs of one kind, from what the largest and the second largest took.
+
+    They share a pool, so the first pays for the step's tensors and each further one for itself; never less than
+    `_LEAST_GRAPH`, since the driver hands out memory in pieces that hide a small graph.
+    """
+    return max(0, samples[0]) + (count - 1) * max([_LEAST_GRAPH, *samples[1:]])
+
+
+def _free_memory() -> int:
+    """Bytes free on the current device once everything queued is done and nothing is kept for reuse."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0]
