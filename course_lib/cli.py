@@ -70,7 +70,7 @@ COMMANDS = {
     "bench": Command("measure speed, against transformers if asked", "course_lib.bench.cli", "bench"),
     "build": Command(
         "make the notebooks from the lessons' sources (for authors)",
-        "course_lib.teaching.builder",
+        "course_lib.teaching.building.builder",
         "build",
         needs=("torch", "transformers", "gguf", "jupytext", "nbclient", "ipywidgets", "matplotlib"),
         course_model=True,
@@ -119,7 +119,7 @@ def _dispatch(argv: list[str]) -> int:
 
         resolve_model(COURSE_MODEL)
     if command.mine and args.mine:
-        from course_lib.teaching.patching import my_code
+        from course_lib.teaching.learner.patching import my_code
 
         with my_code(file=sys.stderr):
             return run(args)

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from course_lib import sampling_checks as check
@@ -20,6 +21,10 @@ from course_lib.errors import SetupError
 _STORE_BYTES = 128 << 20  # shared memory for rows on their way; Ray takes at least 75 MiB
 # The C++ side writes past Python's logging, into the notebook. Only the environment can tell it not to.
 _LOG_LEVEL_VARIABLE = "RAY_BACKEND_LOG_LEVEL"
+# Each of Ray's ten processes imports jsonschema, and that imports this if it can; Jupyter brings it along. It compiles
+# a grammar for a second, more than half of such a process's start, to check a kind of address that Ray has not.
+_SLOW_IMPORT = "rfc3987_syntax"
+_ITS_STAND_IN = Path(__file__).with_name("ray_left_out")
 
 
 def start_local_ray(num_cpus: int = 2, **init_kwargs: Any) -> None:
@@ -37,8 +42,9 @@ def start_local_ray(num_cpus: int = 2, **init_kwargs: Any) -> None:
         SetupError: Ray's processes do not come up.
     """
     check.integer("num_cpus", num_cpus, low=1)
-    import ray
-    import ray.data
+    with _slow_import_left_out():
+        import ray
+        import ray.data
 
     if ray.is_initialized():
         running = ray.cluster_resources().get("CPU", 0)
@@ -54,7 +60,7 @@ def start_local_ray(num_cpus: int = 2, **init_kwargs: Any) -> None:
         "logging_level": "ERROR",
     }
     settings.update(init_kwargs)
-    with _native_side_quiet():
+    with _native_side_quiet(), _slow_import_left_out():
         if not _init(settings) and not _init(settings):
             raise SetupError(
                 "Ray's processes did not come up within 30 seconds, twice: the machine is too busy; close "
@@ -83,6 +89,24 @@ def _init(settings: dict[str, Any]) -> bool:
             return False
         raise
     return True
+
+
+@contextmanager
+def _slow_import_left_out() -> Iterator[None]:
+    """To this process inside the block, and for good to those started in it, `_SLOW_IMPORT` is not installed."""
+    paths = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_ITS_STAND_IN), paths)))
+    hidden = _SLOW_IMPORT not in sys.modules
+    if hidden:
+        sys.modules[_SLOW_IMPORT] = None  # type: ignore[assignment]  # Python's way to say so
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules[_SLOW_IMPORT]
+        del os.environ["PYTHONPATH"]
+        if paths is not None:
+            os.environ["PYTHONPATH"] = paths
 
 
 @contextmanager

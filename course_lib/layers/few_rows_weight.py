@@ -23,7 +23,7 @@ GROUP = 32  # values along the input dimension that share a grid; that of GGUF's
 _LEVELS = 16
 _OUTPUTS_MULTIPLE = 16  # of output features, which the kernel computes in tiles
 _ROUNDING = 2.0**-7  # a value and its grid are rounded to bfloat16 once each: 2^-8 of the largest, twice
-_SAMPLE_ROWS = 16  # looked at first, for most weights are on no grid
+_VALUES_AT_A_TIME = 1 << 18  # looked at together: what fits a core's cache
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,15 @@ def four_bit_form(weight: torch.Tensor) -> FourBitWeight | None:
     outputs, inputs = weight.shape
     if not _has_fast_kernels() or weight.dtype != torch.bfloat16 or inputs % GROUP or outputs % _OUTPUTS_MULTIPLE:
         return None
-    if _grid(weight[:_SAMPLE_ROWS]) is None:
-        return None
-    found = _grid(weight)
-    if found is None:
-        return None
-    q, step, middle = found
-    grids = torch.stack((step, middle), dim=-1).transpose(0, 1).contiguous().bfloat16()
-    nibbles = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.view(outputs, inputs), 1)
-    return FourBitWeight(nibbles, grids)
+    parts = []
+    for rows in weight.split(max(1, _VALUES_AT_A_TIME // inputs)):
+        part = _grid(rows)
+        if part is None:  # which the first rows of most weights tell
+            return None
+        parts.append(part)
+    q, step, middle = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    grids = torch.stack((step, middle), dim=-1).transpose(0, 1).contiguous()
+    return FourBitWeight(torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1), grids)
 
 
 def _has_fast_kernels() -> bool:
@@ -84,7 +84,7 @@ def _has_fast_kernels() -> bool:
 
 
 def _grid(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """(q int32 [out, groups, GROUP], step [out, groups], value of q = 8 [out, groups]), or None if off the grid."""
+    """(q int32 [out, in], step and value of q = 8 bfloat16 [out, in / GROUP]), or None if off the grid."""
     values = weight.float().view(weight.shape[0], -1, GROUP)
     low, high = values.aminmax(dim=-1, keepdim=True)
     step = (high - low) / (_LEVELS - 1)
@@ -94,9 +94,9 @@ def _grid(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     mean = values.mean(dim=-1, keepdim=True)
     spread = centred.square().sum(dim=-1, keepdim=True)
     step = torch.where(spread > 0, (centred * values).sum(dim=-1, keepdim=True) / spread, step)
-    step = step.bfloat16().float()
-    middle = (mean + step * (_LEVELS / 2 - q.mean(dim=-1, keepdim=True))).bfloat16().float()
-    error = (middle + step * (q - _LEVELS / 2) - values).abs().amax(dim=-1, keepdim=True)
+    step = step.bfloat16()
+    middle = (mean + step * (_LEVELS / 2 - q.mean(dim=-1, keepdim=True))).bfloat16()
+    error = (step * (q - _LEVELS / 2) + middle - values).abs().amax(dim=-1, keepdim=True)
     if (error > _ROUNDING * torch.maximum(low.abs(), high.abs())).any():
         return None
-    return q.int(), step.squeeze(-1), middle.squeeze(-1)
+    return q.view_as(weight).int(), step.squeeze(-1), middle.squeeze(-1)

@@ -11,23 +11,23 @@ from typing import Any
 
 # public name -> module that defines it
 _EXPORTS = {
-    "exercise": "session",
-    "check": "session",
-    "hint": "session",
-    "solution": "session",
-    "course_llm": "session",
-    "my_code": "patching",
-    "patched": "patching",
-    "predict": "questions",
-    "reveal": "questions",
-    "record": "trace",
+    "exercise": "learner.session",
+    "check": "learner.session",
+    "hint": "learner.session",
+    "solution": "learner.session",
+    "course_llm": "learner.session",
+    "my_code": "learner.patching",
+    "patched": "learner.patching",
+    "predict": "learner.questions",
+    "reveal": "learner.questions",
+    "record": "recording.trace",
     "explore_blocks": "explorers.kv_blocks",
     "explore_schedule": "explorers.schedule",
     "explore_requests": "explorers.requests",
     "explore_next_token": "explorers.next_token",
-    "show": "figures",
-    "course_style": "style",
-    "COURSE_STYLE": "style",
+    "show": "explorers.figures",
+    "course_style": "explorers.style",
+    "COURSE_STYLE": "explorers.style",
 }
 
 __all__ = [*_EXPORTS]

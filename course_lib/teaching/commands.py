@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from course_lib.errors import CourseError, SetupError
 
 if TYPE_CHECKING:
-    from course_lib.teaching.progress import ProgressStore
+    from course_lib.teaching.learner.progress import ProgressStore
 
 
 def add_lab_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +27,7 @@ def add_lab_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_lab(args: argparse.Namespace) -> int:
     from course_lib.bootstrap.lab import become_jupyterlab
-    from course_lib.teaching.workspace import kernel_environment, work_folder
+    from course_lib.teaching.learner.workspace import kernel_environment, work_folder
 
     work = work_folder()
     page = prepare(work)
@@ -42,9 +42,9 @@ def prepare(work: Path) -> Path:
     work folder at all.
     """
     from course_lib.teaching.catalogue import lessons
-    from course_lib.teaching.home import write_home
-    from course_lib.teaching.progress import ProgressStore
-    from course_lib.teaching.workspace import make_welcome, update
+    from course_lib.teaching.learner.home import write_home
+    from course_lib.teaching.learner.progress import ProgressStore
+    from course_lib.teaching.learner.workspace import make_welcome, update
 
     try:
         work.mkdir(parents=True, exist_ok=True)
@@ -71,9 +71,9 @@ def add_check_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_check(args: argparse.Namespace) -> int:
     from course_lib.teaching import catalogue
-    from course_lib.teaching.grading import grade
-    from course_lib.teaching.progress import ProgressStore
-    from course_lib.teaching.workspace import update, work_folder
+    from course_lib.teaching.learner.grading import grade
+    from course_lib.teaching.learner.progress import ProgressStore
+    from course_lib.teaching.learner.workspace import update, work_folder
 
     lesson, work = catalogue.lesson(args.lesson), work_folder()
     if not lesson.is_written:
@@ -105,9 +105,9 @@ def add_progress_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_progress(args: argparse.Namespace) -> int:
     from course_lib.teaching.catalogue import lessons
-    from course_lib.teaching.home import terminal_page
-    from course_lib.teaching.progress import ProgressStore
-    from course_lib.teaching.workspace import work_folder
+    from course_lib.teaching.learner.home import terminal_page
+    from course_lib.teaching.learner.progress import ProgressStore
+    from course_lib.teaching.learner.workspace import work_folder
 
     work = work_folder()
     print(terminal_page(ProgressStore(work).read(), lessons(), work))

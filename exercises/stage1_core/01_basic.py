@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from course_lib.teaching.counting import count_torch_calls
-from course_lib.teaching.exercise_file import Case, Choice, Exercise, Question
+from course_lib.teaching.checking.counting import count_torch_calls
+from course_lib.teaching.checking.exercise_file import Case, Choice, Exercise, Question
 
 # ---- questions ----------------------------------------------------------------------------------
 
@@ -480,7 +480,7 @@ def _(answer, original):
 @truncate.look
 def _(answer, llm):
     from course_lib import SamplingParams
-    from course_lib.teaching.patching import patched
+    from course_lib.teaching.learner.patching import patched
 
     params = SamplingParams(temperature=0.8, top_k=40, top_p=0.9, seed=1, max_tokens=12)
     [theirs] = llm.generate("Once upon a time, there was a", params, use_tqdm=False)
@@ -694,7 +694,7 @@ def _(answer, original):
 @draw.look
 def _(answer, llm):
     from course_lib import SamplingParams
-    from course_lib.teaching.patching import patched
+    from course_lib.teaching.learner.patching import patched
 
     params = SamplingParams(n=4, temperature=1.0, seed=3, max_tokens=8, ignore_eos=True)
     with patched(draw, answer):
@@ -1056,7 +1056,7 @@ def _(answer, original):
 @stream.look
 def _(answer, llm):
     from course_lib import SamplingParams
-    from course_lib.teaching.patching import patched
+    from course_lib.teaching.learner.patching import patched
 
     conversation = [{"role": "user", "content": "Repeat exactly: 🙂🚀🙂🚀"}]
     params = SamplingParams(temperature=0, max_tokens=24)

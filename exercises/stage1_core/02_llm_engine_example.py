@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import json
+import linecache
 import math
+import os
 import random
+import subprocess
 import sys
 import tempfile
+import textwrap
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,28 +21,28 @@ import numpy as np
 import torch
 
 from course_lib.errors import CourseError
-from course_lib.teaching.exercise_file import Case, Choice, Exercise, Question
+from course_lib.teaching.checking.exercise_file import Case, Choice, Exercise, Question
 from kernels import reference
 
 # ---- questions ----------------------------------------------------------------------------------
 
 longest = Question(
     "02.a",
-    "Ten questions go to the model, among them these four. Whose answer will be the longest?",
+    "Nine questions go to the model, among them these four. Whose answer will be the longest?",
     [
         Choice(
             "Tell me a joke.",
             "16 tokens: “What's a joke about a person who can't remember their own name?” That is all of it.",
         ),
         Choice(
-            "What does CPU stand for?",
-            "49 tokens, for a question that three words answer: the model goes on to explain what a CPU is. Nothing in the "
-            "prompt says so, and the engine has to find room before the model has written a word.",
+            "Correct this sentence: he go to school.",
+            "34 tokens: the corrected sentence, and a remark about an apostrophe that is not in it. Nothing in the prompt "
+            "says so, and the engine has to find room before the model has written a word.",
             right=True,
         ),
         Choice(
-            "Correct this sentence: he go to school.",
-            "34 tokens: the corrected sentence, and a remark about apostrophes that nobody asked for.",
+            "Summarize in one sentence: The cat sat on the mat and looked at the rain.",
+            "13 tokens: the longest question, and the sentence comes back as it was, but for one word.",
         ),
         Choice("What is the largest ocean?", "25 tokens, in which it names a trench. It does not lack confidence."),
     ],
@@ -55,8 +58,8 @@ small_blocks = Question(
         ),
         Choice(
             "Attention would read the cache in pieces too small to be read fast.",
-            "One token of one head is 256 bytes. Memory delivers neighbours together, so a thousand scattered pieces of "
-            "256 bytes take several times as long as 63 pieces of 4 KiB.",
+            "A block is stored head by head here: one token of a head is 256 bytes, sixteen are 4 KiB in one piece. Memory "
+            "delivers neighbours together, so a thousand scattered pieces of 256 bytes take about twice as long as 63 of 4 KiB.",
             right=True,
         ),
         Choice(
@@ -69,7 +72,8 @@ small_blocks = Question(
 who_finds_it = Question(
     "02.c",
     "Suspect 1: the runner writes keys into wrong slots. Suspect 2: the pool hands a block on while another request "
-    "still reads it. Which of them does check_invariants(), what COURSE_DEBUG=1 runs after every step, find?",
+    "still reads it. The engine's scheduler has a method check_invariants(), which runs after every step if you start Python "
+    "with COURSE_DEBUG=1. Which of the two does it find?",
     [
         Choice("both", "It looks at the books: tables, counts, queues. No wrong entry is in them for suspect 1."),
         Choice(
@@ -98,10 +102,10 @@ slots = Exercise(
     hints=(
         "Take position 5 of the six-token prompt and blocks of four. Which entry of the table is it, and which of the "
         "block's four slots?",
-        "The entry is positions // block_size and the slot in the block positions % block_size. An array of rows and an "
-        "array of columns pick one table entry per token: block_table[rows, columns].",
-        "block_ids = block_table[token_rows, positions // block_size].astype(np.int64), and from there "
-        "block_ids * block_size + positions % block_size.",
+        "Quotient and remainder of the division by block_size say which of the request's blocks it is and which slot in "
+        "that block. NumPy takes an array of rows and one of columns between the same brackets: one entry per token.",
+        "Look up block_table[token_rows, positions // block_size] and make it int64. Those are the ids of the blocks: how "
+        "many slots come before each, and how far into it is the token?",
     ),
 )
 
@@ -111,10 +115,12 @@ def _(rng: random.Random) -> Iterator[Case]:
     def case(label: str, table: list[list[int]], rows: list[int], positions: list[int], block_size: int) -> Case:
         return Case(label, np.array(table, np.int32), np.array(rows), np.array(positions), block_size)
 
-    yield case("six tokens in blocks 7 and 2", [[7, 2, 0]], [0] * 6, [0, 1, 2, 3, 4, 5], 4)
-    yield case("the seventh token, alone", [[7, 2, 0]], [0], [6], 4)
-    yield case("two requests, one new token each", [[7, 2, 0], [5, 0, 0]], [0, 1], [7, 2], 4)
-    yield case("a chunk that starts inside a block, of the second row", [[7, 2, 0], [5, 1, 3]], [1] * 4, [3, 4, 5, 6], 4)
+    # As wide as a block: an entry looked up with % is a wrong one, and only positions themselves are out of range.
+    first = [7, 2, 0, 0]
+    yield case("six tokens in blocks 7 and 2", [first], [0] * 6, [0, 1, 2, 3, 4, 5], 4)
+    yield case("the seventh token, alone", [first], [0], [6], 4)
+    yield case("two requests, one new token each", [first, [5, 0, 0, 0]], [0, 1], [7, 2], 4)
+    yield case("a chunk that starts inside a block, of the second row", [first, [5, 1, 3, 0]], [1] * 4, [3, 4, 5, 6], 4)
     for _ in range(3):
         size, width, num_rows = rng.choice((2, 8, 16)), 5, rng.randint(2, 5)
         ids = rng.sample(range(500), width * num_rows)
@@ -152,13 +158,50 @@ def _slots(table, rows, positions, size, *, entry=None, block=None, offset=None,
     return (ids * size if times else ids) + offsets
 
 
+def _index_error(failure, words: str) -> bool:
+    return isinstance(failure.error, IndexError) and words in str(failure.error)
+
+
 @slots.symptom(
-    "out-of-range",
-    "You look up a table entry that does not exist. The table has one entry per block, not per token: token at position "
+    "float-index",
+    "An index must be a whole number, and / gives floats even where nothing is left over: divide with //.",
+)
+def _(failure):
+    return _index_error(failure, "integer")
+
+
+@slots.symptom(
+    "rows-come-first",
+    "You look up a row of the table that does not exist. The first index of block_table is the token's row, the second the "
+    "entry in that row: block_table[token_rows, …].",
+)
+def _(failure):
+    return _index_error(failure, "out of bounds for axis 0")
+
+
+@slots.symptom(
+    "entry-per-token",
+    "You look up a table entry that does not exist. The table has one entry per block, not per token: the token at position "
     "p belongs to entry p // block_size.",
 )
 def _(failure):
-    return isinstance(failure.error, IndexError)
+    table, rows, positions, _ = failure.args
+    try:
+        table[rows, positions]
+    except IndexError as error:
+        return str(error) == str(failure.error)
+
+
+@slots.symptom(
+    "whole-rows",
+    "You compute with whole rows of the table. Put both indices between the same brackets, block_table[rows, entries], and "
+    "you get one entry for each token.",
+)
+def _(failure):
+    if failure.error is not None:
+        return isinstance(failure.error, ValueError) and "broadcast" in str(failure.error)
+    table, rows, *_ = failure.args
+    return failure.got.shape == (len(rows), table.shape[1])
 
 
 @slots.mistake(
@@ -221,7 +264,16 @@ def _(table, rows, positions, size):
     "which slot inside that block.",
 )
 def _(table, rows, positions, size):
-    return _slots(table, rows, positions, size, entry=positions % size % table.shape[1], offset=positions // size)
+    return _slots(table, rows, positions, size, entry=positions % size, offset=positions // size)
+
+
+@slots.mistake(
+    "remainder-twice",
+    "You look up the entry with positions % block_size, the slot inside a block. Which of the request's blocks it is says "
+    "positions // block_size.",
+)
+def _(table, rows, positions, size):
+    return _slots(table, rows, positions, size, entry=positions % size)
 
 
 @slots.mistake(
@@ -234,9 +286,27 @@ def _(table, rows, positions, size):
         return _slots(table, rows, positions, np.int32(size), wide=False).astype(np.int64)
 
 
-@slots.wrong("out-of-range")
-def _(table, rows, positions, size):
-    return table[rows, positions + 100].astype(np.int64) * size + positions % size
+def _written(lines: str, names: str = "table, rows, positions, size"):
+    """An answer as a learner writes it, for mistakes that are a matter of a character."""
+    space = {"np": np, "torch": torch, "deque": deque, "OrderedDict": OrderedDict}
+    exec(f"def answer({names}):\n    " + lines.strip().replace("\n", "\n    "), space)
+    return space["answer"]
+
+
+for _lines in ("return table[rows, positions / size] * size + positions % size",
+               "return [table[r][p / size] * size + p % size for r, p in zip(rows, positions)]"):  # fmt: skip
+    slots.wrong("float-index")(_written(_lines))
+for _lines in ("return table[positions // size, rows].astype(np.int64) * size + positions % size",
+               "return table[positions // size].astype(np.int64) * size + positions % size"):  # fmt: skip
+    slots.wrong("rows-come-first")(_written(_lines))
+for _lines in ("return table[rows, positions].astype(np.int64) * size + positions % size",
+               "return table[rows, positions + 0 // size].astype(np.int64) * size + positions % size",
+               "return np.array([int(table[r, p]) * size + p % size for r, p in zip(rows, positions)])"):  # fmt: skip
+    slots.wrong("entry-per-token")(_written(_lines))
+for _lines in ("return table[rows][positions // size].astype(np.int64)",
+               "return table[rows][positions // size] * size + positions % size",
+               "return table[rows].astype(np.int64) * size + positions % size"):  # fmt: skip
+    slots.wrong("whole-rows")(_written(_lines))
 
 
 @slots.wrong("restart-in-every-block")
@@ -264,22 +334,22 @@ def _(table, rows, positions, size):
 @slots.look
 def _(answer):
     from course_lib import SamplingParams
-    from course_lib.teaching.patching import patched
+    from course_lib.teaching.learner.patching import patched
 
     llm = _small_llm()
-    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
     prompts = ["The capital of France is Paris", "One two three four five six seven eight nine ten"]
     theirs = _fresh_tokens(llm, prompts, params)
     with patched(slots, answer):
         yours = _fresh_tokens(llm, prompts, params)
     same = sum(map(int.__eq__, sum(yours, []), sum(theirs, [])))
-    print(f"In the engine, two requests at once: {same} of 16 tokens are the ones its own slots give.")
+    print(f"In the engine, two requests at once: {same} of 12 tokens are the ones its own slots give.")
 
 
 # ---- engines to try answers in ------------------------------------------------------------------------
 
 # The lesson's own engine: in its notebook this one is loaded already.
-SMALL = {"block_size": 16, "num_gpu_blocks_override": 18, "max_model_len": 256}
+SMALL = {"block_size": 16, "num_gpu_blocks_override": 16, "max_model_len": 256}
 _TINY = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 97, "hidden_size": 32,
     "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -353,22 +423,21 @@ pool = Exercise(
         "Two things change: how many tables hold each block, and in which order the free ones wait. A block is in the "
         "queue exactly while its count is 0.",
         "share must take a block out of the middle of the queue without walking along it. A dict remembers the order in "
-        "which keys came, and collections.OrderedDict also gives up its oldest key quickly: popitem(last=False).",
-        "self.free = OrderedDict.fromkeys(range(num_blocks)). allocate: [self.free.popitem(last=False)[0] for …] with "
-        "counts set to 1, None if count > len(self.free). share: self.free.pop(id, None), count + 1. release: count - 1, "
-        "and at 0 self.free[id] = None.",
+        "which keys came, and collections.OrderedDict also gives up its oldest key quickly.",
+        "self.free = OrderedDict.fromkeys(range(num_blocks)): popitem(last=False) takes the key in front, pop(id, None) one "
+        "that may be there, and a new key joins at the back. Look at the counts to know when each of them is due.",
     ),
 )
 
 
 @pool.cases
 def _(rng: random.Random) -> Iterator[Case]:
-    yield Case("take three blocks, give them back last first, take four", 6,
-               [("allocate", 3), ("release", [2, 1, 0]), ("allocate", 4)])  # fmt: skip
+    yield Case("take three blocks, give them back in another order, take four", 6,
+               [("allocate", 3), ("release", [1, 0, 2]), ("allocate", 4)])  # fmt: skip
     yield Case("one request more than there is room for", 4,
                [("allocate", 3), ("allocate", 2), ("allocate", 1)])  # fmt: skip
     yield Case("two requests share block 0; each gives it back", 4,
-               [("allocate", 2), ("share", [0]), ("release", [1, 0]), ("allocate", 1), ("release", [0])])  # fmt: skip
+               [("allocate", 2), ("share", [0]), ("release", [0, 1]), ("allocate", 3), ("release", [0])])  # fmt: skip
     yield Case("three holders", 3,
                [("allocate", 1), ("share", [0]), ("share", [0]), ("release", [0]), ("release", [0]), ("allocate", 2)])  # fmt: skip
     yield Case("a free block is shared again: it leaves the middle of the queue", 5,
@@ -401,14 +470,30 @@ def _random_life(rng: random.Random, num_blocks: int) -> list[tuple[str, object]
 
 @pool.run
 def _(answer, num_blocks, life):
-    """What each operation returned, and the pool's books after it."""
-    blocks = answer(num_blocks)
-    history = []
+    """What each operation returned and the pool's books after it, up to the first one that goes wrong: what
+    follows from that tells nothing of the mistake."""
+    blocks, truth, history = answer(num_blocks), _Truth(num_blocks), []
     for kind, argument in life:
-        result = getattr(blocks, kind)(list(argument) if isinstance(argument, list) else argument)
-        counts = [int(count) for count in blocks.ref_counts]
-        history.append({f"{kind}({argument})": result, "num_free": blocks.num_free, "ref_counts": counts})
-    return history
+        given = list(argument) if isinstance(argument, list) else argument
+        entry = {f"{kind}({argument})": _operate(blocks, kind, given, truth.num_free), **_books(blocks)}
+        if given != argument:
+            entry["the list that was passed"] = given
+        history.append(entry)
+        if entry != {f"{kind}({argument})": getattr(truth, kind)(argument), **_books(truth)}:
+            break
+    return history + ["not asked any more"] * (len(life) - len(history))
+
+
+def _operate(blocks, kind, argument, num_free):
+    try:
+        return getattr(blocks, kind)(argument)
+    except Exception as error:
+        error.during = kind, argument, num_free  # for the symptoms
+        raise
+
+
+def _books(blocks):
+    return {"num_free": blocks.num_free, "ref_counts": [int(count) for count in blocks.ref_counts]}
 
 
 class _Truth:
@@ -446,12 +531,32 @@ def _(num_blocks, life):
     return pool.run_function(_Truth, num_blocks, life)
 
 
-def _first_difference(failure):
-    """(operation, argument, got, expected) of the first operation that went otherwise than it should."""
-    for (kind, argument), got, expected in zip(failure.args[1], failure.got, failure.expected, strict=True):
-        if got != expected:
-            return kind, argument, list(got.values()), list(expected.values())
-    return None
+class _Went:
+    """The first operation that went otherwise than it should. Before it all was as it should be."""
+
+    def __init__(self, failure):
+        pairs = list(zip(failure.args[1], failure.got, failure.expected, strict=True))
+        at, ((self.kind, self.argument), mine, right) = next((i, p) for i, p in enumerate(pairs) if p[1] != p[2])
+        (self.got, self.free, self.counts), (self.right, self.right_free, self.right_counts) = (
+            list(entry.values())[:3] for entry in (mine, right)
+        )
+        self.changed_list = "the list that was passed" in mine
+        self.free_before, self.counts_before = failure.args[0], [0] * failure.args[0]
+        if at:
+            self.free_before, self.counts_before = list(failure.expected[at - 1].values())[1:]
+
+    @property
+    def did_nothing(self):
+        return (self.free, self.counts) == (self.free_before, self.counts_before)
+
+
+def _at(kind):
+    """A symptom of what went wrong in an operation of this kind."""
+    return lambda function: lambda failure: (went := _Went(failure)).kind == kind and function(went)
+
+
+def _during(failure, kind, *errors):
+    return isinstance(failure.error, errors) and getattr(failure.error, "during", [""])[0] == kind
 
 
 @pool.symptom(
@@ -463,90 +568,254 @@ def _(failure):
     return isinstance(failure.error, AttributeError) and "num_free" in str(failure.error)
 
 
-def _make(*, order="fifo", counts=True, atomic=True, leave=True, rerelease=False, backwards=False, sets=False,
-          clears=True):  # fmt: skip
-    """A pool with its joints exposed; a list as its queue."""
-
-    class Pool:
-        def __init__(self, num_blocks):
-            self.ref_counts, self.queue = [0] * num_blocks, list(range(num_blocks))
-
-        @property
-        def num_free(self):
-            return len(self.queue)
-
-        def allocate(self, count):
-            if count > len(self.queue) and atomic:
-                return None
-            if order == "smallest":
-                self.queue.sort()
-            taken = [self.queue.pop(-1 if order == "lifo" else 0) for _ in range(min(count, len(self.queue)))]
-            for block_id in taken:
-                self.ref_counts[block_id] = 1 if clears else 0
-            return taken if len(taken) == count else None
-
-        def share(self, block_ids):
-            for block_id in block_ids:
-                self.ref_counts[block_id] = 2 if sets else self.ref_counts[block_id] + 1
-                if leave and block_id in self.queue:
-                    self.queue.remove(block_id)
-
-        def release(self, block_ids):
-            for block_id in reversed(block_ids) if backwards else block_ids:
-                self.ref_counts[block_id] -= 1
-                if not counts:
-                    self.ref_counts[block_id] = 0
-                if self.ref_counts[block_id] <= 0 and (rerelease or block_id not in self.queue):
-                    self.queue.append(block_id)
-
-    return Pool
+@pool.symptom(
+    "empty-queue",
+    "allocate takes from a queue that is empty. Before it touches anything: with fewer than `count` blocks free, return None.",
+)
+def _(failure):
+    if not _during(failure, "allocate", IndexError, KeyError, StopIteration):
+        return False
+    _, count, num_free = failure.error.during
+    return count > num_free
 
 
-pool.mistake(
-    "freed-while-held",
-    "release puts a block back although another table still holds it: the next request would write over a prefix that "
-    "someone is reading. Count one holder less, and free the block only when none is left.",
-)(_make(counts=False))
-pool.mistake(
-    "newest-first",
-    "allocate hands out the block that was freed last. The one that has been free longest comes first: what was freed "
-    "lately may still be wanted, its contents are there.",
-)(_make(order="lifo"))
-pool.mistake(
-    "smallest-first",
-    "allocate hands out the smallest ids. The order is that of time: the block that has been free longest comes first.",
-)(_make(order="smallest"))
-pool.mistake(
-    "half-an-allocation",
-    "allocate takes what there is although it cannot take all. Those blocks are lost then: look at num_free first, and "
-    "return None with nothing changed.",
-)(_make(atomic=False))
-pool.mistake(
-    "shared-but-free",
-    "share counts a holder for a free block, but leaves it in the queue, so that allocate hands the same block to "
-    "someone else. Take it out of the queue, wherever it stands.",
-)(_make(leave=False))
-pool.mistake(
-    "always-two",
-    "share sets the count to 2. There may be a third holder, or (a free block) a first one: add 1.",
-)(_make(sets=True))
-pool.mistake(
-    "no-holder",
-    "A block that allocate hands out has one holder, so its count must be 1.",
-)(_make(clears=False))
-pool.mistake(
-    "own-order",
-    "release works through the ids in reverse. The caller has chosen the order: the first in the list is freed first.",
-)(_make(backwards=True))
+@pool.symptom(
+    "not-in-the-queue",
+    "share takes a block out of the queue that is not in it: one that has a holder does not wait there. Take it out only if "
+    "its count is 0.",
+)
+def _(failure):
+    return _during(failure, "share", KeyError, ValueError)
+
+
+@pool.symptom(
+    "changes-the-list",
+    "Your code changes the list that it is given, which its caller still needs: it is a request's block table. Loop over it "
+    "and leave it as it is.",
+)
+def _(failure):
+    return _Went(failure).changed_list
 
 
 @pool.symptom(
     "no-ids",
     "allocate must return the ids of the blocks that it took, a list of ints: they become the request's block table.",
 )
-def _(failure):
-    kind, _, got, expected = _first_difference(failure)
-    return kind == "allocate" and expected[0] is not None and not isinstance(got[0], list)
+@_at("allocate")
+def _(went):
+    return went.right is not None and not isinstance(went.got, list) and not went.did_nothing
+
+
+@pool.symptom(
+    "refuses",
+    "allocate returned None and took nothing, though enough blocks are free. None is for a count larger than num_free; one "
+    "that is equal can still be served.",
+)
+@_at("allocate")
+def _(went):
+    return went.right is not None and went.got is None and went.did_nothing
+
+
+@pool.symptom(
+    "half-an-allocation",
+    "allocate takes what there is although it cannot take all. Those blocks are lost then: look at num_free first, and "
+    "return None with nothing changed.",
+)
+@_at("allocate")
+def _(went):
+    return went.right is None and not went.did_nothing
+
+
+@pool.symptom(
+    "held-by-another",
+    "allocate hands out a block that a table holds already. Who left it in the queue: share, which must take it out wherever "
+    "it stands, or release, which must put it back only when no holder is left?",
+)
+@_at("allocate")
+def _(went):
+    return any(went.counts_before[block_id] > 0 for block_id in went.got)
+
+
+@pool.symptom("no-holder", "A block that allocate hands out has one holder, so its count must be 1.")
+@_at("allocate")
+def _(went):
+    taken = went.right is not None and (went.got, went.free) == (went.right, went.right_free)
+    return taken and any(went.counts[block_id] == 0 for block_id in went.got)
+
+
+def _make(*, takes="front", joins="back", backwards=False, moves=True, adds=True):
+    """A pool with its joints exposed; a list as its queue."""
+
+    class Pool(_Truth):
+        def allocate(self, count):
+            if count > len(self.queue):
+                return None
+            if takes == "smallest":
+                self.queue.sort()
+            taken = [self.queue.pop(-1 if takes == "back" else 0) for _ in range(count)]
+            for block_id in taken:
+                self.ref_counts[block_id] = 1
+            return taken
+
+        def share(self, block_ids):
+            for block_id in block_ids:
+                self.ref_counts[block_id] = self.ref_counts[block_id] + 1 if adds else 2
+                if block_id in self.queue:
+                    self.queue.remove(block_id)
+
+        def release(self, block_ids):
+            if not moves:
+                block_ids = sorted(block_ids)
+            for block_id in reversed(block_ids) if backwards else block_ids:
+                self.ref_counts[block_id] -= 1
+                if self.ref_counts[block_id] == 0:
+                    self.queue.insert(0 if joins == "front" else len(self.queue), block_id)
+
+    return Pool
+
+
+pool.mistake(
+    "newest-first",
+    "allocate begins at the other end: at first block 0 is in front. Take from the front, where the one stands that has been "
+    "free longest; what joined the back lately may still be wanted, its contents are there.",
+)(_make(takes="back"))
+pool.mistake(
+    "joins-the-front",
+    "release puts freed blocks at the front, so that the latest is handed out next. They join at the back: what was freed "
+    "lately may still be wanted, its contents are there.",
+)(_make(joins="front"))
+pool.mistake(
+    "smallest-first",
+    "allocate hands out the smallest ids. The order is that of time: the block that has been free longest comes first.",
+)(_make(takes="smallest"))
+pool.mistake(
+    "own-order",
+    "release works through the ids in reverse. The caller has chosen the order: the first in the list is freed first.",
+)(_make(backwards=True))
+pool.mistake(
+    "sorts",
+    "release sorts the ids. The caller has chosen the order: the first in the list is freed first.",
+)(_make(moves=False))
+pool.mistake(
+    "always-two",
+    "share sets the count to 2. There may be a third holder, or (a free block) a first one: add 1.",
+)(_make(adds=False))
+
+
+@pool.mistake(
+    "a-set",
+    "A set keeps no order, and its pop() takes any element. The queue must remember who has been free longest.",
+)
+class _Set:
+    def __init__(self, num_blocks):
+        self.ref_counts, self.queue = [0] * num_blocks, set(range(num_blocks))
+
+    @property
+    def num_free(self):
+        return len(self.queue)
+
+    def allocate(self, count):
+        if count > len(self.queue):
+            return None
+        taken = [self.queue.pop() for _ in range(count)]
+        for block_id in taken:
+            self.ref_counts[block_id] = 1
+        return taken
+
+    def share(self, block_ids):
+        for block_id in block_ids:
+            self.queue.discard(block_id)
+            self.ref_counts[block_id] += 1
+
+    def release(self, block_ids):
+        for block_id in block_ids:
+            self.ref_counts[block_id] -= 1
+            if self.ref_counts[block_id] == 0:
+                self.queue.add(block_id)
+
+
+@pool.mistake(
+    "its-old-place",
+    "A block that share took out leaves its old entry lying in your queue. Freed again, it is found there, and comes out "
+    "before its turn. Take the entry out, or mark it so that only the newest counts.",
+)
+class _Stale:
+    def __init__(self, num_blocks):
+        self.ref_counts, self.entries = [0] * num_blocks, deque(range(num_blocks))
+
+    @property
+    def num_free(self):
+        return self.ref_counts.count(0)
+
+    def allocate(self, count):
+        if count > self.num_free:
+            return None
+        taken = []
+        while len(taken) < count:
+            if self.ref_counts[block_id := self.entries.popleft()] == 0:
+                self.ref_counts[block_id] = 1
+                taken.append(block_id)
+        return taken
+
+    def share(self, block_ids):
+        for block_id in block_ids:
+            self.ref_counts[block_id] += 1
+
+    def release(self, block_ids):
+        for block_id in block_ids:
+            self.ref_counts[block_id] -= 1
+            if self.ref_counts[block_id] == 0:
+                self.entries.append(block_id)
+
+
+@pool.symptom(
+    "another-order",
+    "allocate hands out free blocks, and as many as it should, but in another order than time's: first comes the one that "
+    "has been free longest. Blocks leave at the front, join at the back, and release frees them in the order of its list.",
+)
+@_at("allocate")
+def _(went):
+    free = all(went.counts_before[block_id] == 0 for block_id in went.got)
+    return free and went.got != went.right and len(set(went.got)) == len(went.right)
+
+
+@pool.symptom(
+    "shared-but-free",
+    "After share, num_free still counts a block that has a holder now. It must leave the queue, wherever it stands, or "
+    "allocate may hand it to someone else.",
+)
+@_at("share")
+def _(went):
+    return went.free > went.right_free
+
+
+@pool.symptom(
+    "not-from-the-queue",
+    "share makes num_free smaller for a block that was not free. Only one that had no holder leaves the queue.",
+)
+@_at("share")
+def _(went):
+    return went.free < went.right_free
+
+
+@pool.symptom(
+    "freed-while-held",
+    "release frees a block, or counts it as free, although another table still holds it: the next request would write over a "
+    "prefix that someone is reading. Count one holder less, and free the block only when none is left.",
+)
+@_at("release")
+def _(went):
+    return went.free > went.right_free
+
+
+@pool.symptom(
+    "not-freed",
+    "After release a block without a holder is not free again: when its count falls to 0 it joins the queue at the back, and "
+    "num_free counts it.",
+)
+@_at("release")
+def _(went):
+    return went.free < went.right_free
 
 
 @pool.symptom(
@@ -554,20 +823,89 @@ def _(failure):
     "The holders are not counted right. allocate: 1 for each block taken; share: one more; release: one less.",
 )
 def _(failure):
-    _, _, got, expected = _first_difference(failure)
-    return got[1] == expected[1] and got[2] != expected[2]
+    went = _Went(failure)
+    return (went.got, went.free) == (went.right, went.right_free) and went.counts != went.right_counts
 
 
-@pool.wrong("no-ids")
-class _Silent(_make()):
+@pool.symptom("miscounted", "num_free is not the number of blocks without a holder after this operation.")
+def _(failure):
+    went = _Went(failure)
+    return (went.got, went.counts) == (went.right, went.right_counts) and went.free != went.right_free
+
+
+def _pool_with(queue="deque(range(n))", take="self.free.popleft()", enough="count <= len(self.free)", free="len(self.free)",
+               share="if i in self.free: self.free.remove(i)", holder="+= 1", release="for i in block_ids:", less="-= 1",
+               when="self.ref_counts[i] == 0", put="self.free.append(i)", give="ids", first="1", extra="pass"):  # fmt: skip
+    """A pool as learners write it, on a deque, with one line changed."""
+    space = {"deque": deque, "OrderedDict": OrderedDict}
+    exec(f"""class Pool:
+    def __init__(self, n):
+        self.ref_counts, self.free, self.number = [0] * n, {queue}, n
+    @property
+    def num_free(self): return {free}
     def allocate(self, count):
-        super().allocate(count)
-
-
-@pool.wrong("counts-differ")
-class _Forgetful(_make()):
+        if not ({enough}): return None
+        ids = []
+        for _ in range(count):
+            ids.append({take})
+            {extra}
+            self.ref_counts[ids[-1]] = {first}
+        return {give}
     def share(self, block_ids):
-        self.queue = [block_id for block_id in self.queue if block_id not in block_ids]
+        for i in block_ids:
+            {share}
+            self.ref_counts[i] {holder}
+    def release(self, block_ids):
+        {release}
+            self.ref_counts[i] {less}
+            if {when}: {put}
+""", space)  # fmt: skip
+    return space["Pool"]
+
+
+for _name, _lines in (
+    ("own-order", {"release": "for i in reversed(block_ids):"}),
+    ("joins-the-front", {"put": "self.free.appendleft(i)"}),
+    ("newest-first", {"take": "self.free.pop()"}),
+    ("a-set", {"queue": "set(range(n))", "take": "self.free.pop()", "put": "self.free.add(i)"}),
+    ("smallest-first", {"take": "min(self.free)", "extra": "self.free.remove(ids[-1])"}),
+    ("smallest-first", {"queue": "set(range(n))", "take": "min(self.free)", "extra": "self.free.remove(ids[-1])",
+                        "put": "self.free.add(i)"}),
+    ("joins-the-front", {"queue": "OrderedDict.fromkeys(range(n))", "take": "self.free.popitem(last=False)[0]",
+                         "share": "self.free.pop(i, None)",
+                         "put": "self.free[i] = None; self.free.move_to_end(i, last=False)"}),
+    ("newest-first", {"queue": "OrderedDict.fromkeys(range(n))", "take": "self.free.popitem()[0]",
+                      "share": "self.free.pop(i, None)", "put": "self.free[i] = None"}),
+    ("another-order", {"queue": "dict.fromkeys(range(n))", "take": "min(self.free, key=lambda i: -i % 3)",
+                       "extra": "del self.free[ids[-1]]", "share": "self.free.pop(i, None)", "put": "self.free[i] = None"}),
+    ("sorts", {"release": "for i in sorted(block_ids):"}),
+    ("refuses", {"enough": "count < len(self.free)"}),
+    ("refuses", {"enough": "False"}),
+    ("changes-the-list", {"release": "while block_ids:\n            i = block_ids.pop(0)"}),
+    ("empty-queue", {"enough": "True"}),
+    ("half-an-allocation", {"enough": "True", "take": "self.free.popleft() if self.free else 0"}),
+    ("no-ids", {"give": "None"}),
+    ("no-ids", {"give": "tuple(ids)"}),
+    ("no-holder", {"first": "0"}),
+    ("not-in-the-queue", {"share": "self.free.remove(i)"}),
+    ("shared-but-free", {"share": "pass"}),
+    ("held-by-another", {"share": "pass", "free": "self.ref_counts.count(0)"}),
+    ("held-by-another", {"when": "True", "free": "self.ref_counts.count(0)"}),
+    ("its-old-place", {"share": "pass", "free": "self.ref_counts.count(0)", "enough": "count <= self.num_free",
+                       "extra": "\n            while self.ref_counts[ids[-1]]: ids[-1] = self.free.popleft()"}),
+    ("not-from-the-queue", {"queue": "deque(range(n))", "free": "self.number", "enough": "count <= self.number",
+                            "share": "self.number -= 1", "extra": "self.number -= 1",
+                            "put": "self.free.append(i); self.number += 1"}),
+    ("freed-while-held", {"when": "True"}),
+    ("freed-while-held", {"less": "= 0"}),
+    ("not-freed", {"put": "pass"}),
+    ("not-freed", {"less": "-= 0"}),
+    ("counts-differ", {"holder": "+= 0"}),
+    ("counts-differ", {"first": "2"}),
+    ("miscounted", {"free": "self.number"}),
+    ("always-two", {"holder": "= 2"}),
+):
+    pool.wrong(_name)(_pool_with(**_lines))
 
 
 @pool.wrong("no-num-free")
@@ -579,15 +917,6 @@ class _Private:
         return [self._free.popleft() for _ in range(count)]
 
     share = release = allocate
-
-
-@pool.wrong("freed-while-held")
-class _NoCounts(_make(counts=False)):
-    def release(self, block_ids):
-        for block_id in block_ids:
-            self.ref_counts[block_id] = 0
-            if block_id not in self.queue:
-                self.queue.append(block_id)
 
 
 def _steps_of(function: Callable[[], object]) -> int:
@@ -620,25 +949,35 @@ def _steps_of(function: Callable[[], object]) -> int:
 _WALKS = ("remove", "index", "insert", "count", "copy", "sort", "reverse")
 
 
-@pool.budget(
-    "One operation on one block walks along the queue: with 2,000 blocks in the pool it costs hundreds of times what it "
-    "costs with ten, and the engine does it for every prefix hit. Find the block in a dict (collections.OrderedDict "
-    "keeps the order as well), or link the blocks to their neighbours.",
-    most=400,
-    unit="step of the interpreter",
+_WALKING = (
+    "{} walks along the queue for one block: with 2,000 blocks in the pool it costs hundreds of times what it costs with ten, "
+    "and the engine does it for every {}. Find the block in a dict (collections.OrderedDict keeps the order as well), or link "
+    "the blocks to their neighbours."
 )
-def _(answer):
-    blocks = answer(2000)
-    ids = blocks.allocate(2000)
-    blocks.release(ids)
-    middle = [ids[1000]]
-    return max(
-        _steps_of(lambda: blocks.share(middle)), _steps_of(lambda: blocks.release(middle)), _steps_of(lambda: blocks.allocate(1))
+
+
+def _steps_for_one_block(operation: str):
+    def count(answer):
+        blocks = answer(2000)
+        ids = blocks.allocate(2000)
+        blocks.release(ids)
+        if operation == "release":
+            blocks.share([ids[1000]])
+        return _steps_of(lambda: getattr(blocks, operation)(1 if operation == "allocate" else [ids[1000]]))
+
+    return count
+
+
+for _operation, _occasion in (("share", "prefix hit"), ("release", "request that ends"), ("allocate", "block that fills up")):
+    pool.budget(_WALKING.format(_operation, _occasion), most=400, unit="step of the interpreter")(
+        _steps_for_one_block(_operation)
     )
 
 
-pool.wasteful(_make())
 pool.wasteful(_Truth)
+pool.wasteful(_pool_with())
+pool.wasteful(_pool_with(share="self.free = deque(j for j in self.free if j != i)"))
+pool.wasteful(_pool_with(free="self.ref_counts.count(0)", enough="count <= self.num_free"))
 
 
 @pool.accepts
@@ -798,11 +1137,11 @@ def _(answer, original):
 def _(answer):
     from course_lib import SamplingParams
     from course_lib.teaching import record
-    from course_lib.teaching.patching import patched
+    from course_lib.teaching.learner.patching import patched
 
     llm = _small_llm()
     core = llm.llm_engine.core
-    params = SamplingParams(n=2, temperature=1.0, seed=3, max_tokens=8, ignore_eos=True)
+    params = SamplingParams(n=2, temperature=1.0, seed=3, max_tokens=3, ignore_eos=True)
     with patched(pool, answer):
         core.reset()  # the pool is made with the scheduler
         llm.llm_engine.frontend.forget_all()
@@ -830,10 +1169,8 @@ serve = Exercise(
         "outputs and abort whoever has had enough.",
         "The loop goes on while someone is still to arrive *or* engine.has_unfinished_requests(). An idle engine's step() "
         "returns an empty list, so waiting for the next arrival needs no special case.",
-        "step = 0; while arrivals or engine.has_unfinished_requests(): while arrivals and arrivals[0][0] == step: "
-        "engine.add_request(…); for output in engine.step(): last[output.request_id] = output, and if "
-        "len(output.outputs[0].token_ids) >= patience.get(output.request_id, infinity) and not output.finished: "
-        "engine.abort_request(output.request_id); step += 1.",
+        "In each turn: while arrivals and arrivals[0][0] == step, add; for each output of engine.step(), keep it under its "
+        "request_id, and abort if it is not finished and has patience.get(request_id, infinity) tokens or more; step += 1.",
     ),
 )
 
@@ -908,10 +1245,10 @@ def _(answer, arrivals, patience):
         return outputs
     blocks = engine.core.scheduler.kv_cache.pool
     return {
-        "tokens": {i: outputs[i].outputs[0].token_ids for i in sorted(outputs)},
-        "joined at step": dict(sorted(watched.joined.items())),
+        "tokens you return": {i: outputs[i].outputs[0].token_ids for i in sorted(outputs)},
+        "calls of step() before each joined": dict(sorted(watched.joined.items())),
         "aborted": sorted(watched.aborted),
-        "blocks not given back": blocks.num_blocks - blocks.num_free,
+        "blocks held at the end": blocks.num_blocks - blocks.num_free,
     }
 
 
@@ -925,20 +1262,28 @@ def _(arrivals, patience):
     }
     impatient = [i for i in alone if patience.get(i, len(alone[i])) < len(alone[i])]
     return {
-        "tokens": {i: alone[i][: patience.get(i)] for i in sorted(alone)},
-        "joined at step": {request_id: step for step, request_id, _, _ in sorted(arrivals, key=lambda one: one[1])},
+        "tokens you return": {i: alone[i][: patience.get(i)] for i in sorted(alone)},
+        "calls of step() before each joined": {i: step for step, i, _, _ in sorted(arrivals, key=lambda one: one[1])},
         "aborted": sorted(impatient),
-        "blocks not given back": 0,
+        "blocks held at the end": 0,
     }
 
 
 @serve.symptom(
     "never-ends",
-    "Your loop does not end: after 300 steps it was stopped. It is done when nobody is still to arrive and "
-    "engine.has_unfinished_requests() is False.",
+    "Your loop was stopped after 300 steps. It is done when nobody is still to arrive and engine.has_unfinished_requests() is "
+    "False: does your step counter grow in every turn?",
 )
 def _(failure):
     return isinstance(failure.error, _NeverEnds)
+
+
+@serve.symptom(
+    "added-twice",
+    "A request is added a second time: take each arrival out of your list when you add it.",
+)
+def _(failure):
+    return isinstance(failure.error, ValueError) and "unfinished request" in str(failure.error)
 
 
 @serve.symptom(
@@ -947,10 +1292,10 @@ def _(failure):
     "its text and finish reason too.",
 )
 def _(failure):
-    return failure.error is None and not (isinstance(failure.got, dict) and "tokens" in failure.got)
+    return failure.error is None and not (isinstance(failure.got, dict) and "aborted" in failure.got)
 
 
-def _loop(engine, arrivals, patience, *, when="step", gap=True, abort="at", keep="all", late=0):
+def _loop(engine, arrivals, patience, *, when="step", gap=True, abort="at", keep="all", late=0, idle=True):
     """The solution with its joints exposed."""
     arrivals, last, step = list(arrivals), {}, 0
     while (arrivals and (gap or not step)) or engine.has_unfinished_requests():
@@ -958,13 +1303,12 @@ def _loop(engine, arrivals, patience, *, when="step", gap=True, abort="at", keep
             when == "start" or (when == "empty" and not engine.has_unfinished_requests()) or arrivals[0][0] + late == step
         ):
             engine.add_request(*arrivals.pop(0)[1:])
-        for output in engine.step():
+        for output in engine.step() if idle or engine.has_unfinished_requests() else ():
             if keep == "all" or output.finished:
                 last[output.request_id] = output
             enough = patience.get(output.request_id, 10**9) + (abort == "late")
             if abort != "never" and len(output.outputs[0].token_ids) >= enough and not output.finished:
-                if abort != "only-forget":
-                    engine.abort_request(output.request_id)
+                engine.abort_request(output.request_id)
         step += 1
     return last
 
@@ -992,6 +1336,14 @@ def _(engine, arrivals, patience):
 )
 def _(engine, arrivals, patience):
     return _loop(engine, arrivals, patience, late=1)
+
+
+@serve.mistake(
+    "skips-idle-steps",
+    "You do not call engine.step() while nobody is there. A step is a call of it, idle ones included: call it in every turn.",
+)
+def _(engine, arrivals, patience):
+    return _loop(engine, arrivals, patience, idle=False)
 
 
 @serve.mistake(
@@ -1034,15 +1386,43 @@ def _(engine, arrivals, patience):
     "At the end the engine still holds blocks: a request was left running. Abort it, or step until it has finished.",
 )
 def _(failure):
-    return failure.error is None and failure.got["blocks not given back"] > 0
+    return failure.got["blocks held at the end"] > 0
 
 
 @serve.symptom(
     "needless-abort",
-    "You abort a request that has finished by itself. Look at output.finished first.",
+    "You abort a request that has finished by itself, or whose reader is content to wait. Look at output.finished and at "
+    "patience first.",
 )
 def _(failure):
-    return failure.error is None and set(failure.got["aborted"]) > set(failure.expected["aborted"])
+    return bool(set(failure.got["aborted"]) - set(failure.expected["aborted"]))
+
+
+@serve.symptom(
+    "wrong-step",
+    "A request was added at another step than its own. Steps are calls of engine.step(), counted from 0: add the arrivals of "
+    "step s when it has been called s times.",
+)
+def _(failure):
+    here, there = (outcome["calls of step() before each joined"] for outcome in (failure.got, failure.expected))
+    return here != there
+
+
+@serve.symptom(
+    "requests-missing",
+    "The dict that you return lacks a request. Everybody has an entry, those who have hung up too.",
+)
+def _(failure):
+    return failure.expected["tokens you return"].keys() > failure.got["tokens you return"].keys()
+
+
+@serve.symptom(
+    "other-tokens",
+    "The tokens that you return are not those of a run alone, cut where the reader leaves. Keep each request's newest "
+    "output: it holds all its tokens so far.",
+)
+def _(failure):
+    return failure.expected["tokens you return"] != failure.got["tokens you return"]
 
 
 @serve.wrong("never-ends")
@@ -1070,19 +1450,40 @@ def _(engine, arrivals, patience):
     return last
 
 
-@serve.wrong("needless-abort")
-def _(engine, arrivals, patience):
-    ids = {one[1]: one[3].max_tokens for one in arrivals}
-    watched, last = engine, {}
-    for step in range(40):
-        while arrivals and arrivals[0][0] == step:
-            watched.add_request(*arrivals.pop(0)[1:])
-        for output in watched.step():
-            last[output.request_id] = output
-        for i, output in last.items():
-            if len(output.outputs[0].token_ids) >= min(patience.get(i, 99), ids[i] - 1):
-                watched.abort_request(i)
-    return last
+_SERVE = """
+last, step = {}, 0
+while arrivals or engine.has_unfinished_requests():
+    while arrivals and arrivals[0][0] == step:
+        engine.add_request(*arrivals.pop(0)[1:])
+    for output in engine.step():
+        last[output.request_id] = output
+        if len(output.outputs[0].token_ids) >= patience.get(output.request_id, 99) and not output.finished:
+            engine.abort_request(output.request_id)
+    step += 1
+return last"""
+for _name, *_change in (
+    ("never-ends", "    step += 1", "    pass"),
+    ("added-twice", ".pop(0)", "[0]"),
+    ("skips-idle-steps", "    for output in engine.step():", "    if not engine.has_unfinished_requests():\n"
+                         "        step += 1\n        continue\n    for output in engine.step():"),
+    ("skips-idle-steps", "    while arrivals and", "    if not engine.has_unfinished_requests():\n"
+                         "        step = arrivals[0][0]\n    while arrivals and"),
+    ("needless-abort", "output.request_id, 99)", "output.request_id, 3)"),
+    ("wrong-step", "    step += 1", "    step += 2", "[0] == step", "[0] <= step"),
+    ("wrong-step", "    while arrivals and arrivals[0][0] == step", "    if arrivals and arrivals[0][0] <= step"),
+    ("requests-missing", "        last[", "        if output.request_id not in patience: last["),
+    ("other-tokens", "        last[output.request_id] = output", "        last.setdefault(output.request_id, output)"),
+    ("loses-the-aborted", "        last[", "        if output.finished: last["),
+    ("one-token-too-many", ">=", ">"),
+    ("one-step-late", "== step", "== step - 1"),
+    ("leaves-too-early", "while arrivals or engine.", "while step == 0 or engine."),
+):  # fmt: skip
+    _lines = _SERVE
+    for _old, _new in zip(_change[::2], _change[1::2], strict=True):
+        assert _lines.count(_old) == 1
+        _lines = _lines.replace(_old, _new)
+    serve.wrong(_name)(_written(_lines, "engine, arrivals, patience"))
+serve.accepts(_written(_SERVE, "engine, arrivals, patience"))
 
 
 @serve.accepts
@@ -1123,14 +1524,14 @@ def _(answer):
     from course_lib import SamplingParams
 
     llm = _small_llm()
-    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    eight, four = (SamplingParams(temperature=0, max_tokens=count, ignore_eos=True) for count in (8, 4))
     prompts = ["The capital of France is Paris", "One two three four five six"]
-    alone = [_fresh_tokens(llm, [prompt], params)[0] for prompt in prompts]
-    arrivals = [(0, "A", prompts[0], params), (5, "B", prompts[1], params)]
+    alone = [_fresh_tokens(llm, [prompt], params)[0] for prompt, params in zip(prompts, (eight, four), strict=True)]
+    arrivals = [(0, "A", prompts[0], eight), (5, "B", prompts[1], eight)]
     together = answer(llm.llm_engine, arrivals, {"B": 4})
     tokens = {i: output.outputs[0].token_ids for i, output in together.items()}
     print("With the course model: B joined when A had 5 tokens and left with 4.")
-    print(f"The tokens of each solo run: A {tokens['A'] == alone[0]}, B {tokens['B'] == alone[1][:4]}.")
+    print(f"The tokens of each solo run: A {tokens['A'] == alone[0]}, B {tokens['B'] == alone[1]}.")
 
 
 # ---- attention: cases and truth for 02.4 and 02.5 ---------------------------------------------------------
@@ -1173,14 +1574,13 @@ attend = Exercise(
     minutes=30,
     importance="core",
     hints=(
-        "First make it contiguous: key_cache[block_table] has shape [B, M, BS, Hkv, D], blocks in the table's order and "
-        "slots in order inside each. Flatten the two, and dimension 1 is the position: 0, 1, 2, …",
-        "Give the query the shape [B, Hkv, G, D] with G = H // Hkv: heads that share a KV head lie next to each other. "
-        "Scores are then [B, Hkv, G, L], and where positions >= seq_lens they must be -inf before the softmax.",
-        "keys = key_cache[block_table.long()].flatten(1, 2); q = query.view(B, Hkv, -1, D); "
-        "scores = torch.einsum('bkgd,blkd->bkgl', q, keys) * scale; hidden = torch.arange(L) >= seq_lens[:, None]; "
-        "scores = scores.masked_fill(hidden[:, None, None], -inf); "
-        "torch.einsum('bkgl,blkd->bkgd', scores.softmax(-1), values).reshape(B, H, D).",
+        "First bring each request's keys together: what shape has key_cache[block_table], and which two of its dimensions "
+        "make the position?",
+        "[B, M, BS, Hkv, D]: flatten M and BS, and dimension 1 counts positions 0, 1, 2, … Query heads that share a KV head "
+        "lie next to each other, so give the query a dimension for the KV heads and one for the heads in each group.",
+        "With the query as [B, Hkv, G, D], torch.einsum('bkgd,blkd->bkgl', …) gives the scores. Scale them, put -inf where "
+        "torch.arange(L) >= seq_lens[:, None] (with two dimensions more), softmax over the last, and an einsum with the "
+        "values; at the end [B, H, D] again.",
     ),
 )
 
@@ -1191,6 +1591,7 @@ def _(rng: random.Random) -> Iterator[Case]:
     yield _paged_case(rng, "two full blocks, one head", [8], 1, 1, 4, 4)
     yield _paged_case(rng, "three requests of different lengths, one head", [6, 1, 11], 1, 1, 4, 4)
     yield _paged_case(rng, "four query heads share two KV heads", [6], 4, 2, 8, 4)
+    yield _paged_case(rng, "a model that scales by 1/10", [7], 2, 1, 8, 4, scale=0.1)
     yield _paged_case(rng, "SmolLM2's heads, ragged", [17, 5, 40, 16], 9, 3, 64, 16)
     lens = [rng.randint(1, 30) for _ in range(rng.randint(2, 5))]
     kv_heads = rng.randint(1, 3)
@@ -1220,17 +1621,17 @@ def _attend(query, key_cache, value_cache, block_table, seq_lens, scale, *, tabl
         keys, values = keys.repeat(1, group, 1, 1), values.repeat(1, group, 1, 1)
     else:
         keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
-    scores = torch.einsum("bhd,bhld->bhl", query, keys) * (scale if scaled else 1)
+    scores = torch.einsum("bhd,bhld->bhl", query, keys) * {True: scale, False: 1, "own": head_dim**-0.5}[scaled]
     lens = seq_lens.max().expand_as(seq_lens) if hide == "longest" else seq_lens
     hidden = torch.arange(scores.shape[-1]) >= (lens.long() + shift)[:, None]
     if hide in ("right", "longest"):
         scores = scores.masked_fill(hidden[:, None], -math.inf)
-    elif hide == "zero":
-        scores = scores.masked_fill(hidden[:, None], 0.0)
+    elif hide in ("zero", "finite"):
+        scores = scores.masked_fill(hidden[:, None], 0.0 if hide == "zero" else -1e9)
     weights = scores.softmax(dim)
     if hide == "after":
         weights = weights.masked_fill(hidden[:, None], 0.0)
-    return torch.einsum("bhl,bhld->bhd", weights, values).nan_to_num()
+    return torch.einsum("bhl,bhld->bhd", weights, values)
 
 
 def _attention_mistakes(exercise: Exercise, base: Callable, mistakes: dict[str, tuple[str, dict]]) -> None:
@@ -1266,15 +1667,15 @@ _attention_mistakes(attend, _attend, {
         "All requests are masked at the length of the longest. Compare positions with seq_lens[:, None], a column.",
         {"hide": "longest"},
     ),
-    "hides-the-newest": (
-        "You hide one position too many, the newest token itself. seq_lens counts it: positions 0 to seq_len - 1 are in.",
-        {"shift": -1},
-    ),
     "shows-one-more": (
         "You let one position too many take part: position seq_len has not been written. Hide positions >= seq_lens.",
         {"shift": 1},
     ),
     "not-scaled": ("The scores are not multiplied by scale.", {"scaled": False}),
+    "own-scale": (
+        "You divide by the root of D. Most models do, not all: multiply by the argument scale.",
+        {"scaled": "own"},
+    ),
     "reshaped": (
         "You reshaped [blocks, slots, heads, D] straight into [heads, positions, D]. reshape keeps the order of the "
         "numbers, so positions and heads are mixed: flatten the blocks and slots first, then transpose.",
@@ -1287,14 +1688,65 @@ _attention_mistakes(attend, _attend, {
     ),
     "softmax-over-heads": (
         "Your softmax runs over the heads. The weights of one head over all positions must add up to 1: dim=-1.",
-        {"dim": 1},
+        {"dim": 1, "hide": "finite"},
     ),
 })  # fmt: skip
 
 
-@attend.symptom("nan", "The result is not a number: a softmax over a row of nothing but -inf. Which positions do you hide?")
+@attend.symptom(
+    "hides-the-newest",
+    "You hide one position too many, the newest token itself. seq_lens counts it: positions 0 to seq_len - 1 are in.",
+)
+def _(failure):
+    seen = failure.args[4] > 1  # of a single token nothing is left to compare
+    theirs = _attend(*failure.args, shift=-1)
+    return bool(seen.any()) and torch.allclose(failure.got[seen], theirs[seen], rtol=1e-4, atol=1e-5)
+
+
+@attend.symptom(
+    "nan",
+    "The result is not a number: a softmax over nothing but -inf, or 0 times -inf. Do you hide too many positions, is the "
+    "softmax taken over another dimension than the positions, or is a mask multiplied with -inf (masked_fill is safe)?",
+)
 def _(failure):
     return isinstance(failure.got, torch.Tensor) and bool(failure.got.isnan().any())
+
+
+_ATTEND = """
+B, H, D = q.shape
+kv, values = K[table.long()].flatten(1, 2).transpose(1, 2), V[table.long()].flatten(1, 2).transpose(1, 2)
+kv, values = kv.repeat_interleave(H // kv.shape[1], 1), values.repeat_interleave(H // kv.shape[1], 1)
+scores = (kv @ q[..., None])[..., 0] * scale
+mask = torch.arange(scores.shape[-1]) < seq_lens[:, None]
+scores = scores.masked_fill(~mask[:, None], float("-inf"))
+return (scores.softmax(-1)[:, :, None] @ values)[:, :, 0]"""
+for _name, _old, _new in (
+    ("hides-the-newest", "seq_lens[:, None]", "seq_lens[:, None] - 1"),
+    ("shows-one-more", "<", "<="),
+    ("nan", "softmax(-1)", "softmax(1)"),
+    ("nan", 'scores.masked_fill(~mask[:, None], float("-inf"))', 'scores + ~mask[:, None] * float("-inf")'),
+    ("own-scale", "* scale", "/ D ** 0.5"),
+    ("softmax-over-heads", 'float("-inf"))\nreturn (scores.softmax(-1)', '-1e9)\nreturn (scores.softmax(1)'),
+    ("first-row", "[table.long()]", "[table.long()[:1].expand(B, -1)]"),
+    ("no-mask", "scores = scores.masked", "scores.masked"),
+    ("heads-tiled", "repeat_interleave(H // kv.shape[1], 1)", "repeat(1, H // kv.shape[1], 1, 1)"),
+    ("reshaped", ".flatten(1, 2).transpose(1, 2)", ".reshape(B, K.shape[2], -1, D)"),
+):
+    assert _old in _ATTEND
+    attend.wrong(_name)(_written(_ATTEND.replace(_old, _new), "q, K, V, table, seq_lens, scale"))
+attend.accepts(_written(_ATTEND, "q, K, V, table, seq_lens, scale"))
+
+
+@attend.wrong("hides-the-newest")
+def _(query, key_cache, value_cache, block_table, seq_lens, scale):
+    """Request by request; one without tokens gives zeros."""
+    out = torch.zeros_like(query)
+    for b, n in enumerate((seq_lens - 1).tolist()):
+        keys, values = (cache[block_table[b].long()].flatten(0, 1)[:n] for cache in (key_cache, value_cache))
+        for h in range(query.shape[1]):
+            g = h // (query.shape[1] // key_cache.shape[2])
+            out[b, h] = (keys[:, g] @ query[b, h] * scale).softmax(0) @ values[:, g]
+    return out
 
 
 @attend.wrong("nan")
@@ -1348,16 +1800,16 @@ def _(answer, original):
 @attend.look
 def _(answer):
     from course_lib import SamplingParams
-    from course_lib.teaching.patching import patched
+    from course_lib.teaching.learner.patching import patched
 
     llm = _small_llm()
-    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
     prompts = ["The capital of France is Paris", "One two three four five six seven eight nine ten"]
     theirs = _fresh_tokens(llm, prompts, params)
     with patched(attend, answer):
         yours = _fresh_tokens(llm, prompts, params)
     same = sum(map(int.__eq__, sum(yours, []), sum(theirs, [])))
-    print(f"In all 30 layers of the course model: {same} of 16 tokens are the same.")
+    print(f"In all 30 layers of the course model: {same} of 12 tokens are the same.")
 
 
 # ---- 02.5 the same as a kernel -------------------------------------------------------------------------------
@@ -1373,19 +1825,17 @@ kernel = Exercise(
         "One turn of the loop is one block: load its keys, score them, and merge them into best, total and acc. Begin "
         "with the loads: key_cache + rows[:, None] * D + dims[None, :] is a BS × D tile of addresses.",
         "The scores are tl.sum(k * q[None, :], axis=1) * scale, and -inf where not inside (tl.where). Then the new best, "
-        "and tl.exp(best - new_best) is the factor by which all that came before shrinks, acc and total alike.",
-        "k = tl.load(key_cache + rows[:, None] * D + dims[None, :], mask=inside[:, None], other=0.0), v likewise; "
-        "scores as above; new_best = tl.maximum(best, tl.max(scores, axis=0)); shrink = tl.exp(best - new_best); "
-        "weights = tl.exp(scores - new_best); acc = acc * shrink + tl.sum(weights[:, None] * v, axis=0); "
-        "total = total * shrink + tl.sum(weights, axis=0); best = new_best.",
+        "and the factor by which all that came before shrinks, acc and total alike.",
+        "Both loads have mask=inside[:, None], other=0.0. new_best = tl.maximum(best, tl.max(scores, axis=0)); the factor is "
+        "tl.exp(best - new_best), this block's weights are tl.exp(scores - new_best); acc and total each become what they "
+        "were, times the factor, plus a tl.sum; at the end of the turn, best = new_best.",
     ),
+    needs=("triton", 'Triton has packages for Linux only. Read the solution: solution("02.5", anyway=True).'),
 )
 
 
 def _no_triton() -> str | None:
-    """Why Triton kernels cannot run here, if they cannot."""
-    if importlib.util.find_spec("triton") is None:
-        return "There is no Triton for this system: its packages exist for Linux only."
+    """Why Triton kernels cannot run here although there is Triton."""
     if not torch.cuda.is_available():
         try:
             import kernels.triton  # noqa: F401
@@ -1404,16 +1854,25 @@ def _(rng: random.Random) -> Iterator[Case]:
     # Few different shapes: on a GPU each is compiled on its own.
     yield _paged_case(rng, "six tokens in blocks of four, one head", [6], 1, 1, 8, 4)
     yield _paged_case(rng, "eight tokens: the last block is full", [8], 1, 1, 8, 4)
-    yield _paged_case(rng, "scores of several hundred: exp() of them is infinite", [7], 1, 1, 8, 4, scale=80.0)
+    yield _paged_case(rng, "one block, scores of several hundred: exp() of them is infinite", [4], 1, 1, 8, 4, scale=80.0)
+    yield _paged_case(rng, "scores of several hundred, in two blocks", [5, 7, 6, 5], 1, 1, 8, 4, scale=80.0)
     yield _paged_case(rng, "ragged, four query heads on two KV heads", [rng.randint(9, 12), 1, rng.randint(3, 7)], 4, 2, 8, 4)
     yield _paged_case(rng, "slots that nobody has written hold NaN", [5, 2], 1, 1, 8, 4, stale="nan")
+    yield Case("Triton's compiler reads the kernel, for a GPU that need not be there")
 
 
-kernel.expected(_attention_truth)
+@kernel.expected
+def _(query=None, key_cache=None, value_cache=None, block_table=None, seq_lens=None, scale=None):
+    if query is None:
+        return "compiles"
+    return _attention_truth(query, key_cache, value_cache, block_table, seq_lens, scale)
 
 
 @kernel.run
-def _(answer, query, key_cache, value_cache, block_table, seq_lens, scale):
+def _(answer, query=None, key_cache=None, value_cache=None, block_table=None, seq_lens=None, scale=None):
+    if query is None:
+        file = getattr(getattr(answer, "__code__", None), "co_filename", "")
+        return _compiled(getattr(answer, "cell", "".join(linecache.getlines(file))))
     device = "cuda" if torch.cuda.is_available() and not _interpreted() else "cpu"
     tensors = (query, key_cache, value_cache, block_table, seq_lens)
     out = answer(*(tensor.to(device) for tensor in tensors), scale)
@@ -1426,9 +1885,75 @@ def _interpreted() -> bool:
     return INTERPRETED
 
 
+@functools.cache
+def _compiled(cell: str) -> str | list[str]:
+    """"compiles", or the line of the kernel that Triton's compiler refuses, and why. The interpreter runs some
+    Python that no compiler takes. A process of its own, since Triton is either interpreter or compiler in one process;
+    it takes a third of a second. What cannot be found out that way is taken to compile."""
+    if "def paged_decode_kernel" not in cell:
+        return "compiles"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    with tempfile.TemporaryDirectory(prefix="course-kernel-") as folder:
+        Path(folder, "cell.py").write_text(_CELL_HEAD + cell, encoding="utf-8")
+        Path(folder, "ask.py").write_text(_ASK_COMPILER, encoding="utf-8")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run([sys.executable, "ask.py"], cwd=folder, env=environment, capture_output=True, timeout=1.5, check=False)
+        if Path(folder, "refused").exists():
+            line, reason = Path(folder, "refused").read_text(encoding="utf-8").split("\n", 1)
+            return [line[:78], *textwrap.wrap(reason, 78)[:3]]
+    return "compiles"
+
+
+_CELL_HEAD = """import triton
+import triton.language as tl
+
+
+def exercise(*_, **__):
+    return lambda answer: answer
+
+
+"""
+_ASK_COMPILER = r'''
+import builtins
+import pathlib
+import re
+
+import triton
+from triton._C.libtriton import ir
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
+from triton.compiler.errors import CompilationError
+
+import cell
+
+names = "query key_cache value_cache block_table seq_lens out scale width H HKV D BS".split()
+types = ["*fp32"] * 3 + ["*i32"] * 2 + ["*fp32", "fp32", "i32"] + ["constexpr"] * 4
+source = ASTSource(cell.paged_decode_kernel, dict(zip(names, types)), {"H": 4, "HKV": 2, "D": 8, "BS": 4})
+target = GPUTarget("cuda", 80, 32)
+backend, context = make_backend(target), ir.context()
+options = backend.parse_options({})
+ir.load_dialects(context)
+backend.load_dialects(context)
+try:
+    codegen = backend.get_codegen_implementation(options)
+    source.make_ir(target, options, codegen, backend.get_module_map(), context)
+except CompilationError as error:
+    while isinstance(error.__cause__, CompilationError):
+        error = error.__cause__
+    reason = re.sub(r"""^\w+\(['"](.*)['"]\)$""", r"\1", str(error.__cause__ or error.error_message or ""))
+    unknown = re.match(r"(\w+) is not defined", reason)
+    if not unknown or hasattr(builtins, unknown[1]):  # otherwise another cell of the notebook may define it
+        line = error.src.splitlines()[error.node.lineno - 1].strip() if error.src else ""
+        pathlib.Path("refused").write_text(line + "\n" + reason, encoding="utf-8")
+'''
+
+
 @kernel.same
 def _(got, expected, case):
     """A GPU may multiply in TF32, with 10 bits of mantissa."""
+    if isinstance(expected, str):
+        return got == expected
     return got.shape == expected.shape and got.dtype == expected.dtype and bool(
         torch.isclose(got, expected, rtol=2e-3, atol=2e-3).all()
     )
@@ -1459,19 +1984,21 @@ def _block_by_block(query, key_cache, value_cache, block_table, seq_lens, scale,
                 keys, values = key_cache[block, :, head // group], value_cache[block, :, head // group]
                 if mask in ("right", "loads"):
                     keys, values = (torch.where(inside[:, None], t, 0.0) for t in (keys, values))
-                scores = (keys * query[request, head]).sum(-1) * (scale if scaled else 1)
+                scores = (keys * query[request, head]).sum(-1) * {True: scale, False: 1, "own": query.shape[2] ** -0.5}[scaled]
                 if mask in ("right", "scores"):
                     scores = torch.where(inside, scores, -math.inf)
-                new = torch.maximum(top, scores.max()) if best == "running" else scores.max()
+                new = torch.maximum(top, scores.max()) if best == "running" else scores.max()  # "block", "falling"
                 new = new if subtract else torch.tensor(0.0)
                 weights = (scores - new).exp()
                 factor = (top - new).exp() if subtract and turns else torch.tensor(float(bool(turns)))
+                if shrink == "inverted":
+                    factor = (new - top).exp()
                 if per_block:
                     weights, factor = weights / weights.sum(), torch.tensor(1.0)
                 if not accumulate:
                     factor = torch.tensor(0.0)
-                acc = acc * (factor if shrink in ("both", "acc") else 1) + (weights[:, None] * values).sum(0)
-                total = total * (factor if shrink in ("both", "total") else 1) + (weights.sum() if totals else 0)
+                acc = acc * (factor if shrink in ("both", "acc", "inverted") else 1) + (weights[:, None] * values).sum(0)
+                total = total * (factor if shrink in ("both", "total", "inverted") else 1) + (weights.sum() if totals else 0)
                 top, turns = new, turns + 1
             out[request, head] = acc / total
     return out
@@ -1479,8 +2006,8 @@ def _block_by_block(query, key_cache, value_cache, block_table, seq_lens, scale,
 
 _attention_mistakes(kernel, _block_by_block, {
     "nothing-shrinks": (
-        "What came from earlier blocks was weighed against an older maximum. When the maximum grows, multiply both acc "
-        "and total by tl.exp(best - new_best) before you add to them.",
+        "What came from earlier blocks was weighed against an older maximum. When the maximum grows, multiply both acc and "
+        "total by tl.exp(best - new_best), with the old best: compute it before you overwrite best.",
         {"shrink": "none"},
     ),
     "acc-does-not-shrink": (
@@ -1520,6 +2047,10 @@ _attention_mistakes(kernel, _block_by_block, {
         {"mask": "loads"},
     ),
     "not-scaled": ("The scores are not multiplied by scale.", {"scaled": False}),
+    "own-scale": (
+        "You divide by the root of D. Most models do, not all: multiply by the argument scale.",
+        {"scaled": "own"},
+    ),
     "keys-as-values": ("v is loaded from key_cache. The values are in value_cache, at the same places.", {"swap": True}),
 })  # fmt: skip
 
@@ -1539,20 +2070,153 @@ def _(failure):
     "largest score so far, best, before every exp.",
 )
 def _(failure):
-    return "several hundred" in failure.case.label and not bool(failure.got.isfinite().all())
+    return failure.case.label.startswith("one block") and not bool(failure.got.isfinite().all())
+
+
+@kernel.symptom(
+    "best-falls",
+    "Your best can become smaller from one block to the next, and then what you call shrinking makes the past infinite. It "
+    "is the largest score of all so far: tl.maximum(best, …).",
+)
+def _(failure):
+    return "in two blocks" in failure.case.label and bool(failure.got.isnan().any())
+
+
+@kernel.symptom(
+    "positive-exponent",
+    "Not a number, already here: best starts at -inf, and something like exp(inf) came of it. The past shrinks by "
+    "tl.exp(best - new_best), this block weighs tl.exp(scores - new_best). Neither exponent is ever above 0: is one of them "
+    "the other way round, or taken with the old best?",
+)
+def _(failure):
+    return "six tokens" in failure.case.label and bool(failure.got.isnan().all())
 
 
 @kernel.symptom(
     "no-total",
-    "The result is infinite or not a number. At the end acc is divided by total: does every turn add its weights to it?",
+    "The result is infinite. At the end acc is divided by total, which is still 0: does every turn add its weights to it?",
 )
 def _(failure):
-    return not bool(failure.got.isfinite().all())
+    return "six tokens" in failure.case.label and bool(failure.got.isinf().all())
+
+
+@kernel.symptom(
+    "does-not-compile",
+    "The numbers are right, but only the interpreter runs this, which takes any Python. Triton's compiler refuses a line of "
+    "the kernel: no continue, break or list in a loop, and a variable keeps its type from turn to turn.",
+)
+def _(failure):
+    return failure.expected == "compiles"
 
 
 @kernel.symptom("zeros", "Nothing is accumulated: does the loop assign to acc and total, the names that the last line uses?")
 def _(failure):
     return bool((failure.got == 0).all())
+
+
+_KERNEL = """import triton
+import triton.language as tl
+@triton.jit
+def paged_decode_kernel(query, key_cache, value_cache, block_table, seq_lens, out, scale, width,
+                        H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BS: tl.constexpr):
+    request, head = tl.program_id(0), tl.program_id(1)
+    kv_head = head // (H // HKV)
+    seq_len = tl.load(seq_lens + request)
+    offsets, dims = tl.arange(0, BS), tl.arange(0, D)
+    q = tl.load(query + (request * H + head) * D + dims)
+    best = float("-inf")
+    total = 0.0
+    acc = tl.zeros([D], dtype=tl.float32)
+    for first in range(0, seq_len, BS):
+        block = tl.load(block_table + request * width + first // BS).to(tl.int64)
+        rows = (block * BS + offsets) * HKV + kv_head
+        inside = first + offsets < seq_len
+        at = rows[:, None] * D + dims[None, :]
+        k = tl.load(key_cache + at, mask=inside[:, None], other=0.0)
+        v = tl.load(value_cache + at, mask=inside[:, None], other=0.0)
+        s = tl.sum(k * q[None, :], axis=1) * scale
+        s = tl.where(inside, s, float("-inf"))
+        new = tl.maximum(best, tl.max(s, axis=0))
+        shrink = tl.exp(best - new)
+        w = tl.exp(s - new)
+        acc = acc * shrink + tl.sum(w[:, None] * v, axis=0)
+        total = total * shrink + tl.sum(w, axis=0)
+        best = new
+    tl.store(out + (request * H + head) * D + dims, acc / total)
+def launch(query, key_cache, value_cache, block_table, seq_lens, scale):
+    out = torch.empty_like(query)
+    (batch, H, D), (_, BS, HKV, _) = query.shape, key_cache.shape
+    paged_decode_kernel[batch, H](query, key_cache, value_cache, block_table, seq_lens, out,
+                                  scale, block_table.shape[1], H, HKV, D, BS)
+    return out
+"""
+
+
+def _changed_kernel(*changes: str) -> str:
+    text = _KERNEL
+    for old, new in zip(changes[::2], changes[1::2], strict=True):
+        assert text.count(old) == 1, (text.count(old), old)
+        text = text.replace(old, new)
+    return text
+
+
+def _kernel_with(*changes: str):
+    """A kernel as learners write it, with some texts replaced by others; made when it is first called."""
+    text = _changed_kernel(*changes)
+
+    @functools.cache
+    def launch():
+        name = f"<kernel {abs(hash(text))}>"
+        linecache.cache[name] = len(text), None, text.splitlines(keepends=True), name  # where Triton reads a kernel
+        space = {"torch": torch, "__name__": "kernel"}
+        exec(compile(text, name, "exec"), space)
+        return space["launch"]
+
+    def answer(*args):
+        return launch()(*args)
+
+    answer.cell = text
+    return answer
+
+
+# Kernels proper need the interpreter: tests/lessons/test_lesson_02.py starts one.
+_WITH_INTERPRETER = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+for _name, *_changes in (
+    ("positive-exponent", "shrink = tl.exp(best - new)", "shrink = tl.exp(new - best)"),
+    ("positive-exponent", "w = tl.exp(s - new)", "w = tl.exp(s - best)"),
+    ("nothing-shrinks", "        shrink = tl.exp(best - new)", "        best = new\n        shrink = tl.exp(best - new)"),
+    ("best-falls", "tl.maximum(best, tl.max(s, axis=0))", "tl.max(s, axis=0)"),
+    ("every-block-its-maximum", "tl.maximum(best, tl.max(s, axis=0))", "tl.max(s, axis=0)",
+     "acc * shrink", "acc", "total * shrink", "total"),
+    ("best-not-kept", "        best = new\n", ""),
+    ("overflow", "tl.exp(best - new)", "1.0", "tl.exp(s - new)", "tl.exp(s)"),
+    ("no-total", "        total = total * shrink + tl.sum(w, axis=0)\n", ""),
+    ("total-does-not-shrink", "total * shrink", "total"),
+    ("acc-does-not-shrink", "acc * shrink", "acc"),
+    ("last-block-only", "acc * shrink + ", "", "total * shrink + ", ""),
+    ("mask-on-loads-only", '        s = tl.where(inside, s, float("-inf"))\n', ""),
+    ("not-scaled", " * scale", ""),
+    ("own-scale", " * scale", " / D ** 0.5"),
+    ("zeros", "        acc = acc * shrink + tl.sum(w[:, None] * v, axis=0)\n", ""),
+    ("unwritten-slot", "value_cache + at, mask=inside[:, None], other=0.0", "value_cache + at"),
+    ("does-not-compile", "        best = new", "        if tl.sum(w, axis=0) == 0.0:\n            continue\n        best = new"),
+    ("does-not-compile", "    total = 0.0", "    total = 0"),
+    ("does-not-compile", "acc * shrink + tl.sum(w[:, None] * v, axis=0)", "sum([acc * shrink, tl.sum(w[:, None] * v, axis=0)])"),
+):  # fmt: skip
+    if _WITH_INTERPRETER:
+        kernel.wrong(_name)(_kernel_with(*_changes))
+if _WITH_INTERPRETER:
+    kernel.accepts(_kernel_with())
+    kernel.accepts(_kernel_with("new = tl.maximum(best, tl.max(s, axis=0))", "new = tl.max(tl.where(s > best, s, best), 0)"))
+
+
+@kernel.wrong("does-not-compile")
+def _compiler_refuses(*args):
+    return _block_by_block(*args)
+
+
+_compiler_refuses.cell = _changed_kernel("        best = new", "        if tl.sum(w, axis=0) == 0.0:\n            continue\n"
+                                         "        best = new")  # fmt: skip
 
 
 @kernel.wrong("not-interpreted")
@@ -1561,11 +2225,12 @@ def _(*args):
 
 
 kernel.wrong("no-total")(functools.partial(_block_by_block, totals=False))
+kernel.wrong("positive-exponent")(functools.partial(_block_by_block, shrink="inverted"))
+kernel.wrong("best-falls")(functools.partial(_block_by_block, best="falling"))
 kernel.wrong("overflow")(functools.partial(_block_by_block, subtract=False))
 kernel.wrong("unwritten-slot")(functools.partial(_block_by_block, mask="scores"))
 kernel.wrong("zeros")(lambda query, *rest: torch.zeros_like(query))
 kernel.accepts(functools.partial(_block_by_block))
-kernel.accepts(lambda *args: _attend(*(t.cpu().nan_to_num() if isinstance(t, torch.Tensor) else t for t in args)))
 
 
 @kernel.adapt
@@ -1585,7 +2250,7 @@ def _(answer, original):
 
 @kernel.look
 def _(answer):
-    from course_lib.teaching.patching import patched
+    from course_lib.teaching.learner.patching import patched
 
     prompts = [[3, 4, 5, 6, 7, 8], [9, 10, 11]]
     engine = _tiny_engine("triton")

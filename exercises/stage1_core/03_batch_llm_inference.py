@@ -15,7 +15,7 @@ from course_lib.core.messages import ModelRunnerOutput
 from course_lib.core.request import Request, RequestStatus
 from course_lib.core.scheduler import Scheduler
 from course_lib.sampling_params import SamplingParams
-from course_lib.teaching.exercise_file import Case, Choice, Exercise, Question
+from course_lib.teaching.checking.exercise_file import Case, Choice, Exercise, Question
 
 # ---- questions ----------------------------------------------------------------------------------
 
@@ -51,8 +51,9 @@ whose_tokens = Question(
     [
         Choice(
             "32 requests take much longer than one prompt",
-            "The layers see 32 rows in either case, and a row costs the same whoever it belongs to. What "
-            "does differ is small: each of 32 requests needs a row of logits at the end, a prompt needs one.",
+            "The layers see 32 rows in either case, and a row costs the same whoever it belongs to. One matrix "
+            "does differ, the last, with a fifth of this model's weights: it makes a row of logits for each of "
+            "32 requests, and a single one for a prompt.",
         ),
         Choice(
             "the prompt takes much longer",
@@ -61,8 +62,9 @@ whose_tokens = Question(
         ),
         Choice(
             "all three take about the same",
-            "A step multiplies 32 rows with every weight. Whose rows they are matters only in attention and "
-            "for the logits (a prompt needs one row of those, 32 requests need 32), and both are small here.",
+            "A step multiplies 32 rows with the weights. Whose they are matters in attention, which is small here, "
+            "and in the last matrix, a fifth of this model's weights: it makes 32 rows of logits for 32 requests "
+            "and one for a prompt, which is why the prompt takes a little less.",
             right=True,
         ),
     ],
@@ -118,6 +120,7 @@ rectangle = Exercise(
 def _(rng: random.Random) -> Iterator[Case]:
     yield Case("one group of three", [(5, 2), (3, 6), (4, 1)], 3)
     yield Case("a request alone", [(7, 4)], 4)
+    yield Case("two groups of two", [(4, 3), (9, 8), (2, 6), (3, 2)], 2)
     yield Case(
         "five requests, two seats: the last group has one", [(4, 3), (2, 8), (6, 2), (3, 3), (5, 5)], 2
     )
@@ -153,10 +156,15 @@ def _rectangles(
     prompt=max,
     steps="longest",
     order=list,
+    minus_group=False,
+    useful_minus_group=False,
+    prompts_of="group",
+    answers_of="group",
 ):
     """The solution with its joints exposed."""
     computed = needed = 0
     requests = order(requests)
+    all_prompts, all_answers = [p for p, _ in requests], [a for _, a in requests]
     for start in range(0, len(requests) - (seats - 1 if lost else 0), seats):
         group = requests[start : start + seats]
         rows = seats if full else len(group)
@@ -166,9 +174,11 @@ def _rectangles(
         elif steps == "own":
             computed += rows * max(prompts) + sum(a - minus for a in answers)
         else:
-            first = rows * max(prompts) if prompt is max else sum(prompts)
-            computed += first + rows * (max(answers) - minus)
-        needed += sum(p + a - useful_minus for p, a in group)
+            longest = max(all_prompts if prompts_of == "all" else prompts)
+            first = rows * longest if prompt is max else sum(prompts)
+            last = max(all_answers if answers_of == "all" else answers)
+            computed += first + (rows * last - 1 if minus_group else rows * (last - minus))
+        needed += sum(p + a for p, a in group) - (1 if useful_minus_group else useful_minus * len(group))
     return computed, needed
 
 
@@ -180,7 +190,7 @@ def _static(**joints):
     "one-number", "Return both counts, computed and needed, as whole numbers: return computed, needed."
 )
 def _(failure):
-    return failure.error is None and not (isinstance(failure.got, tuple | list) and len(failure.got) == 2)
+    return isinstance(failure.got, int | float)
 
 
 @rectangle.symptom(
@@ -190,18 +200,60 @@ def _(failure):
     return list(failure.got) == list(reversed(failure.expected))
 
 
-@rectangle.symptom(
+rectangle.mistake(
+    "pass-too-many",
+    "In `computed` each group has one pass too many. The pass over the prompts already gives the first token "
+    "of every answer, so an answer of n tokens takes n - 1 further passes.",
+)(_static(minus=0))
+
+
+rectangle.mistake(
+    "last-token-needed",
+    "In `needed` each request has one position too many: the last token of an answer is handed over, and "
+    "nothing is computed on it. An answer of n tokens needs n - 1 positions after the prompt's.",
+)(_static(useful_minus=0))
+
+
+rectangle.mistake(
     "first-token-twice",
-    "One pass too many is counted. The pass over the prompt already gives the first token of the answer, so "
-    "an answer of n tokens takes n - 1 further passes, and its last token is never computed on at all.",
-)
-def _(failure):
-    wrong = [(m, u) for m in (0, 1) for u in (0, 1) if (m, u) != (1, 1)]
-    return tuple(failure.got) in [_rectangles(*failure.args, minus=m, useful_minus=u) for m, u in wrong]
+    "Both counts have one pass too many. The pass over the prompt already gives the first token of the "
+    "answer, so an answer of n tokens takes n - 1 further passes, and its last token is never computed on.",
+)(_static(minus=0, useful_minus=0))
 
 
-rectangle.wrong("first-token-twice")(_static(minus=0, useful_minus=0))
-rectangle.wrong("first-token-twice")(_static(minus=0))
+rectangle.mistake(
+    "minus-one-for-each-group",
+    "In `computed` you take 1 off once for each group. The pass over the prompts spares one position in every "
+    "row: rows × (longest prompt + longest answer - 1).",
+)(_static(minus_group=True))
+
+
+rectangle.mistake(
+    "minus-one-for-each-group-twice",
+    "You take 1 off once for each group, in both counts. The pass over a prompt spares one position in every "
+    "row: rows × (longest prompt + longest answer - 1), and prompt + answer - 1 for each request.",
+)(_static(minus_group=True, useful_minus_group=True))
+
+
+@rectangle.mistake("wasted", "Your second number is what was wasted. Return what was needed.")
+def _(requests, seats):
+    computed, needed = _rectangles(requests, seats)
+    return computed, computed - needed
+
+
+rectangle.mistake(
+    "longest-of-all",
+    "You take the longest prompt of all requests. A group is a tensor of its own: its prompts are padded to "
+    "the longest in the group.",
+)(_static(prompts_of="all"))
+
+
+rectangle.mistake(
+    "longest-answer-of-all",
+    "You take the longest answer of all requests. A group ends when the longest answer in it does.",
+)(_static(answers_of="all"))
+
+
 rectangle.wrong("swapped")(lambda requests, seats: _rectangles(requests, seats)[::-1])
 
 
@@ -220,7 +272,8 @@ rectangle.mistake(
 
 @rectangle.mistake(
     "one-group",
-    "You put all requests into one group. A batch has `seats` rows: cut the list into groups of that many.",
+    "You take the longest prompt and the longest answer of all requests, as if they were one group. A batch has "
+    "`seats` rows: cut the list into groups of that many, and take the longest in each.",
 )
 def _(requests, seats):
     return _rectangles(requests, len(requests))
@@ -306,8 +359,8 @@ share = Exercise(
     importance="core",
     spec="Hand out one step's budget, request by request, so that num_computed catches up with num_tokens.",
     hints=(
-        "How far behind is a request? num_tokens - num_computed. What three things can keep it from getting "
-        "all of that?",
+        "How far behind is a request? num_tokens - num_computed. Which two things can keep it from getting all "
+        "of that?",
         "A request gets the least of three numbers: how far behind it is, the threshold (if it is not 0), "
         "and what is left of the budget. Then less is left for the next one.",
         "For each (num_computed, num_tokens): count = min(num_tokens - num_computed, threshold or "
@@ -347,7 +400,7 @@ def _(requests, budget, threshold):
 
 def _shares(
     requests, budget, threshold, *, computed=True, pay=True, whole=None, even=False, off=True, cap=True,
-    shortest=False, clamp=True, shared_cap=False, decodes_first=False,
+    shortest=False, clamp=True, shared_cap=False, decodes_first=False, sign=1, cap_last=False,
 ):  # fmt: skip
     """The solution with its joints exposed."""
     left, long_left, counts = budget, threshold, [0] * len(requests)
@@ -358,12 +411,12 @@ def _shares(
         order = sorted(order, key=lambda i: requests[i][1] - requests[i][0] > 1)
     for i in order:
         num_computed, num_tokens = requests[i]
-        behind = num_tokens - num_computed if computed else num_tokens
+        behind = sign * (num_tokens - num_computed) if computed else num_tokens
         count = behind
         if cap and shared_cap and threshold:
             count = min(count, long_left)
             long_left -= count
-        elif cap and (threshold or not off):
+        elif cap and not cap_last and (threshold or not off):
             count = min(count, threshold)
         if whole and count > left:
             if whole == "stop":
@@ -373,6 +426,8 @@ def _shares(
         counts[i] = min(count, limit) if clamp or limit > 0 else limit
         if pay:
             left -= counts[i] if clamp else behind
+        if cap_last and threshold:
+            counts[i] = min(counts[i], threshold)
     return counts
 
 
@@ -391,6 +446,13 @@ def _(failure):
         and isinstance(failure.got, list | tuple)
         and len(failure.got) < len(failure.expected)
     )
+
+
+share.mistake(
+    "wrong-way-round",
+    "You subtract the wrong way round, and hand out a negative number of tokens: a request is num_tokens - "
+    "num_computed behind.",
+)(_sharing(sign=-1))
 
 
 @share.symptom(
@@ -455,6 +517,13 @@ share.mistake(
 
 
 share.mistake(
+    "threshold-after-the-budget",
+    "You take a request's tokens from the budget first and apply the threshold to them afterwards: what the "
+    "threshold cut off is paid for, and nobody gets it. Take the least of all three, then subtract that.",
+)(_sharing(cap_last=True))
+
+
+share.mistake(
     "shortest-first",
     "You serve the shortest request first. That shortens the average wait, and a long prompt may wait for "
     "ever: here they are served in the order given.",
@@ -504,7 +573,7 @@ def _(answer, original):
 
 @share.look
 def _(answer, llm):
-    from course_lib.teaching.patching import patched
+    from course_lib.teaching.learner.patching import patched
 
     with patched(share, answer):
         plans = _plans(llm, [100, 30, 10], max_tokens=3, max_num_batched_tokens=64)
@@ -514,9 +583,9 @@ def _(answer, llm):
 
 def _plans(llm, prompts, *, max_tokens, **limits):
     """Which tokens each step of an engine without a model computes: request letter -> count."""
-    from course_lib.teaching.scheduling import limited
-    from course_lib.teaching.style import marks
-    from course_lib.teaching.trace import record
+    from course_lib.teaching.explorers.style import marks
+    from course_lib.teaching.recording.scheduling import limited
+    from course_lib.teaching.recording.trace import record
 
     params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, detokenize=False)
     with limited(llm, enable_prefix_caching=False, run_model=False, **limits), record(llm) as trace:
@@ -550,6 +619,9 @@ admit = Exercise(
 
 @admit.cases
 def _(rng: random.Random) -> Iterator[Case]:
+    yield Case("one block is free, and 17 tokens need two", [17], 64, 4, 1, 16)
+    yield Case("16 tokens, and one free block of 16", [16], 16, 1, 1, 16)
+    yield Case("the first fills its blocks, the second takes the last", [32, 5], 64, 4, 3, 16)
     yield Case("budget for two and a part of the third", [30, 10, 40, 8], 64, 8, 20, 16)
     yield Case("two seats", [30, 10, 8], 64, 2, 20, 16)
     yield Case("the second needs more blocks than are free", [30, 40, 10], 256, 8, 4, 16)
@@ -561,6 +633,10 @@ def _(rng: random.Random) -> Iterator[Case]:
         waiting_lengths = [rng.choice((1, 5, 17, 33, 64, 300)) for _ in range(7)]
         limits = rng.choice((16, 64, 128)), rng.randint(1, 6), rng.randint(1, 12), rng.choice((4, 16))
         yield Case("seven requests at random", waiting_lengths, *limits)
+    for _ in range(3):
+        waiting_lengths = [rng.choice((3, 16, 16, 32, 48)) for _ in range(5)]
+        free = sum(-(-length // 16) for length in waiting_lengths[: rng.randint(2, 4)])
+        yield Case("full blocks, and exactly enough for some", waiting_lengths, 256, 8, free, 16)
 
 
 @admit.expected
@@ -576,11 +652,12 @@ def _(waiting, budget, seats, free_blocks, block_size):
 
 def _admitted(
     waiting, budget, seats, free_blocks, block_size, *, overtake=False, whole=False, blocks="up",
-    packed=False, squeeze=False, chunked=True, guests=False, use_seats=True, use_budget=True,
+    packed=False, squeeze=False, chunked=True, guests=False, use_seats=True, use_budget=True, pay=True,
+    count_seats=True, pay_blocks=True, order=list, pad=False, wanted=False,
 ):  # fmt: skip
     """The solution with its joints exposed."""
     chunks = []
-    for length in waiting:
+    for length in order(waiting):
         if (use_seats and not seats) or (budget <= 0 and not guests):
             break
         count = min(length, max(budget, 0)) if chunked and use_budget else length
@@ -591,6 +668,10 @@ def _admitted(
             needed = -(-size // block_size)
         elif blocks == "down":
             needed = size // block_size
+        elif blocks == "one more":
+            needed = size // block_size + 1
+        elif blocks == "of 16":
+            needed = -(-size // 16)
         else:
             needed = 0 if blocks == "none" else 1
         if packed:
@@ -602,10 +683,12 @@ def _admitted(
                 continue
             break
         chunks.append(count)
-        if use_budget:
+        if use_budget and pay:
             budget -= count
-        seats, free_blocks = seats - 1, free_blocks - needed
-    return chunks
+        seats, free_blocks = seats - count_seats, free_blocks - (needed if pay_blocks else 0)
+        if wanted:
+            chunks[-1] = length
+    return chunks + [0] * (len(waiting) - len(chunks) if pad else 0)
 
 
 def _admitting(**joints):
@@ -622,10 +705,20 @@ def _(failure):
 
 @admit.symptom(
     "empty-guests",
-    "A request joins with no tokens: it would hold a seat and do nothing. When the budget is used up, stop.",
+    "There is a 0 in your list, and every number in it is a request that joins. Leave out those that do not; "
+    "and one that joined with no tokens would hold a seat and do nothing: when the budget is used up, stop.",
 )
 def _(failure):
     return 0 in failure.got
+
+
+@admit.symptom(
+    "negative",
+    "A request joins with a negative number of tokens: your budget went below zero. What leaves the budget is "
+    "what a request got, not what it wanted.",
+)
+def _(failure):
+    return any(count < 0 for count in failure.got)
 
 
 admit.mistake(
@@ -648,6 +741,51 @@ admit.mistake(
     "You round the number of blocks down. A block that is used in part is a whole block: 17 tokens in "
     "blocks of 16 need two, -(-17 // 16).",
 )(_admitting(blocks="down"))
+
+
+admit.mistake(
+    "one-block-too-many",
+    "You ask for a block too many when the tokens fill their blocks exactly: 16 tokens fill one block of 16, "
+    "and you ask for two. Round up: -(-16 // 16) is 1.",
+)(_admitting(blocks="one more"))
+
+
+admit.mistake(
+    "blocks-of-16", "You count in blocks of 16. How many tokens a block holds is an argument, block_size."
+)(_admitting(blocks="of 16"))
+
+
+admit.mistake(
+    "blocks-not-counted-off",
+    "Everybody is shown the same free blocks. What a request takes is gone for those behind it: free_blocks "
+    "-= needed.",
+)(_admitting(pay_blocks=False))
+
+
+admit.mistake(
+    "seats-not-counted-off",
+    "You look at `seats`, and nobody takes one: every request that joins leaves one seat less.",
+)(_admitting(count_seats=False))
+
+
+admit.mistake(
+    "budget-not-counted-off",
+    "Every request gets tokens up to the whole budget. It is one budget for the step: what a request gets is "
+    "gone for those behind it.",
+)(_admitting(pay=False))
+
+
+admit.mistake(
+    "whole-prompts-listed",
+    "Your list has the length of each prompt that joins. It should have the tokens that each gets in this "
+    "step, which for the last may be a part.",
+)(_admitting(wanted=True))
+
+
+admit.mistake(
+    "shortest-first",
+    "You let the shortest in first. Nobody overtakes: the order of `waiting` is the order of the queue.",
+)(_admitting(order=sorted))
 
 
 admit.mistake(
@@ -698,6 +836,20 @@ def _(waiting, budget, seats, free_blocks, block_size):
 
 
 admit.wrong("empty-guests")(_admitting(guests=True))
+admit.wrong("empty-guests")(_admitting(pad=True))
+
+
+@admit.wrong("negative")
+def _(waiting, budget, seats, free_blocks, block_size):
+    counts = []
+    for length in waiting[:seats]:
+        count = min(length, budget)
+        free_blocks -= -(-count // block_size)
+        if count == 0 or free_blocks < 0:
+            break
+        counts.append(count)
+        budget -= length
+    return counts
 
 
 @admit.accepts
@@ -760,7 +912,7 @@ def _(answer, original):
 
 @admit.look
 def _(answer, llm):
-    from course_lib.teaching.patching import patched
+    from course_lib.teaching.learner.patching import patched
 
     limits = {"max_num_batched_tokens": 64, "max_num_seqs": 3, "num_blocks": 9}
     with patched(admit, answer):
@@ -837,11 +989,12 @@ def _(rng: random.Random) -> Iterator[Case]:
     for _ in range(3):
         prompts = [rng.randint(2, 20) for _ in range(rng.randint(2, 5))]
         yield Case("at random", prompts, rng.randint(1, 3), rng.randint(1, 9), rng.randrange(len(prompts)))
+    yield Case("the same request twice, two steps apart", [6, 9, 5], 1, 3, 1, steps_to_the_next=2)
 
 
 @preempt.run
-def _(answer, prompts, num_waiting, num_steps, victim):
-    """The facts about scheduler and request after one preemption."""
+def _(answer, prompts, num_waiting, num_steps, victim, steps_to_the_next=0):
+    """The facts about scheduler and request after one preemption, or after a second one."""
     scheduler = _scheduler(100, 4, max_num_seqs=len(prompts), policy="fcfs")
     requests = [_request(letter, size) for letter, size in zip("ABCDE", prompts)]
     for request in [*requests, *(_request(letter, 6) for letter in "XYZ"[:num_waiting])]:
@@ -850,6 +1003,10 @@ def _(answer, prompts, num_waiting, num_steps, victim):
         _step(scheduler)
     request, running = requests[victim], scheduler.running
     answer(scheduler, request)
+    if steps_to_the_next:
+        for _ in range(steps_to_the_next):
+            _step(scheduler)
+        answer(scheduler, request)
     return {
         "running": [one.request_id for one in running],
         "same list": scheduler.running is running,
@@ -859,14 +1016,15 @@ def _(answer, prompts, num_waiting, num_steps, victim):
         "computed": request.num_computed_tokens,
         "blocks held": len(request.block_ids),
         "blocks free": scheduler.kv_cache.pool.num_free,
-        "status": request.status.name,
+        "status": request.status.name if isinstance(request.status, RequestStatus) else repr(request.status),
         "preemptions": request.num_preemptions,
     }
 
 
 @preempt.expected
-def _(prompts, num_waiting, num_steps, victim):
+def _(prompts, num_waiting, num_steps, victim, steps_to_the_next=0):
     """By arithmetic: after k steps a request has k tokens of output, and computed all but the last."""
+    num_steps += steps_to_the_next  # the victim comes back at once and catches up in one step
     others = [size for i, size in enumerate(prompts) if i != victim]
     return {
         "running": [letter for i, letter in enumerate("ABCDE"[: len(prompts)]) if i != victim],
@@ -878,7 +1036,7 @@ def _(prompts, num_waiting, num_steps, victim):
         "blocks held": 0,
         "blocks free": 100 - sum(len(range(0, size + num_steps - 1, 4)) for size in others),
         "status": "PREEMPTED",
-        "preemptions": 1,
+        "preemptions": 2 if steps_to_the_next else 1,
     }
 
 
@@ -974,12 +1132,30 @@ def _(failure):
 
 
 @preempt.symptom(
-    "wrong-status",
+    "status-running",
     "Its status is still RUNNING, so an abort would look for it among the running requests: request.status "
-    "= RequestStatus.PREEMPTED (which says that it ran before; WAITING says that it never did).",
+    "= RequestStatus.PREEMPTED.",
 )
 def _(failure):
-    return failure.got["status"] != "PREEMPTED"
+    return failure.got["status"] == "RUNNING"
+
+
+@preempt.symptom(
+    "status-waiting",
+    "You set its status to WAITING, which says that it never ran. This one did, and has an answer begun: "
+    "RequestStatus.PREEMPTED.",
+)
+def _(failure):
+    return failure.got["status"] == "WAITING"
+
+
+@preempt.symptom(
+    "status-finished",
+    "You set its status to one of those that say FINISHED, and nobody computes a finished request again. "
+    "This one goes on later: RequestStatus.PREEMPTED.",
+)
+def _(failure):
+    return failure.got["status"].startswith("FINISHED")
 
 
 @preempt.symptom(
@@ -988,7 +1164,15 @@ def _(failure):
     "small.",
 )
 def _(failure):
-    return failure.got["preemptions"] != 1
+    return failure.got["preemptions"] == 0
+
+
+@preempt.symptom(
+    "counts-to-one",
+    "A request can be preempted more than once, and your count stays at 1: request.num_preemptions += 1.",
+)
+def _(failure):
+    return failure.got["preemptions"] == 1 < failure.expected["preemptions"]
 
 
 def _preempting(
@@ -1018,7 +1202,7 @@ def _preempting(
         if status is not None:
             request.status = status
         if count:
-            request.num_preemptions += 1
+            request.num_preemptions = 1 if count == "one" else request.num_preemptions + 1
         if queue == "front":
             scheduler.waiting.return_preempted(request)
         elif queue == "end":
@@ -1039,9 +1223,11 @@ preempt.wrong("leaks-blocks")(_preempting(free="clear"))
 preempt.wrong("leaks-blocks")(_preempting(free="clear, then free"))
 preempt.wrong("keeps-blocks")(_preempting(free="no"))
 preempt.wrong("keeps-its-count")(_preempting(reset=False))
-preempt.wrong("wrong-status")(_preempting(status=None))
-preempt.wrong("wrong-status")(_preempting(status=RequestStatus.WAITING))
+preempt.wrong("status-running")(_preempting(status=None))
+preempt.wrong("status-waiting")(_preempting(status=RequestStatus.WAITING))
+preempt.wrong("status-finished")(_preempting(status=RequestStatus.FINISHED_ABORTED))
 preempt.wrong("not-counted")(_preempting(count=False))
+preempt.wrong("counts-to-one")(_preempting(count="one"))
 
 
 @preempt.wrong("forgotten")
@@ -1051,7 +1237,7 @@ def _(scheduler, request):
 
 
 @preempt.budget(
-    "Right, but the prefix cache loses what it could have kept. kv_cache.free asks num_computed_tokens "
+    "Right, but the prefix cache (lesson 07) loses what it could have kept. kv_cache.free asks num_computed_tokens "
     "which of the request's full blocks hold anything, and those stay findable until somebody needs the "
     "room: give the blocks back first and reset the count afterwards, or the request computes every token "
     "again.",
@@ -1090,7 +1276,7 @@ def _(scheduler, request):
 
 @preempt.look
 def _(answer, llm):
-    from course_lib.teaching.patching import patched
+    from course_lib.teaching.learner.patching import patched
 
     with patched(preempt, answer):
         for num_blocks in (16, 10, 6):
@@ -1156,6 +1342,7 @@ def _(rng: random.Random) -> Iterator[Case]:
     first = [_written("A", 0, 0, 9, 8), _written("B", 0, 1, 14, 4), _written("C", 0, 2, 6, 5)]
     yield Case("everybody fits", first, 9, 64, 0)
     yield Case("the budget ends in the middle of B", first, 9, 6, 0)
+    yield Case("nobody gets more than three", first, 9, 64, 3)
     decodes = [_written("A", 0, 0, 9, 8), _written("B", 0, 1, 8, 7), _written("C", 0, 2, 6, 5)]
     yield Case("A needs a block, none is free: the latest must go", decodes, 0, 64, 0)
     urgent, later = _written("B", 0, 1, 9, 8), _written("C", 1, 2, 10, 9)
@@ -1210,13 +1397,27 @@ def _(answer, running, free_blocks_of_4, budget, threshold):
         request.num_computed_tokens, request.status = computed, RequestStatus.RUNNING
     plan, preempted = {}, set()
     left = answer(scheduler, budget, plan, preempted)
+    entries = {_named(one): value if isinstance(value, tuple) else (value,) for one, value in plan.items()}
     return {
-        "plan": {request.request_id: count for request, (count, _) in plan.items()},
-        "preempted": sorted(preempted),
+        "plan": {name: value[0] for name, value in entries.items()},
+        "preempted": sorted(map(str, preempted)),
         "still running": [request.request_id for request in scheduler.running],
         "budget left": left,
-        "without blocks": [one.request_id for one, (_, blocks) in plan.items() if blocks is None],
+        "amiss": [
+            *(f"the key {key!r}" for key in plan if not isinstance(key, Request)),
+            *(f"the value {value!r}" for value in plan.values() if not _is_entry(value)),
+            *(f"preempted: a {type(one).__name__}" for one in preempted if not isinstance(one, str)),
+            *(f"no blocks for {name}" for name, value in entries.items() if value[-1] is None),
+        ],
     }
+
+
+def _named(one):
+    return one.request_id if isinstance(one, Request) else str(one)
+
+
+def _is_entry(value):
+    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], list | None)
 
 
 @serve.expected
@@ -1249,13 +1450,13 @@ def _(running, free_blocks_of_4, budget, threshold):
         "preempted": sorted(preempted),
         "still running": alive,
         "budget left": budget - sum(plan.values()),
-        "without blocks": [],
+        "amiss": [],
     }
 
 
 def _serving(
     *, victim="worst", refund=True, unplan=True, shift=True, tries="while", after_self="next", chunk=True,
-    note=True, pay=True, stop=False,
+    note=True, pay=True, stop=False, returned="left", empty_list="fits",
 ):  # fmt: skip
     """The solution with its joints exposed, written with an index."""
 
@@ -1268,12 +1469,20 @@ def _serving(
             candidates = others or candidates
         if victim == "best":
             return min(candidates, key=lambda one: (one.priority, one.arrival_time))
+        if victim == "last of the best":
+            return min(reversed(candidates), key=lambda one: (one.priority, one.arrival_time))
+        if victim == "arrival alone":
+            return max(reversed(candidates), key=lambda one: one.arrival_time)
         if victim == "oldest of equals":
             return max(candidates, key=lambda one: (one.priority, one.arrival_time))
         if victim == "earliest":
             return max(reversed(candidates), key=lambda one: (one.priority, -one.arrival_time))
+        if victim == "first by arrival alone":
+            return max(candidates, key=lambda one: one.arrival_time)
         if victim == "priority alone":
             return max(reversed(candidates), key=lambda one: one.priority)
+        if victim == "first by priority alone":
+            return max(candidates, key=lambda one: one.priority)
         if victim == "most blocks":
             return max(candidates, key=lambda one: len(one.block_ids))
         return max(reversed(candidates), key=lambda one: (one.priority, one.arrival_time))
@@ -1283,10 +1492,12 @@ def _serving(
         while index < len(scheduler.running) and budget > 0:
             request = scheduler.running[index]
             count = request.num_tokens - request.num_computed_tokens
-            if chunk:
+            if chunk == "budget alone":
+                count = min(count, budget)
+            elif chunk:
                 count = scheduler._chunk(count, budget)
             new_blocks = scheduler.kv_cache.allocate_slots(request, count)
-            while new_blocks is None and tries != "never":
+            while (not new_blocks if empty_list == "preempts" else new_blocks is None) and tries != "never":
                 loser = choose(scheduler, request)
                 if loser in plan and unplan:
                     back = plan.pop(loser)[0]
@@ -1304,15 +1515,70 @@ def _serving(
                     break
             if stop and preempted:
                 break
-            if new_blocks is None and after_self == "next":
-                index += tries != "while" and request in scheduler.running
+            if after_self == "stop" and request not in scheduler.running:
+                break
+            if (new_blocks is None if empty_list == "fits" else not new_blocks) and after_self != "plan":
+                index += request in scheduler.running
                 continue
             plan[request] = (count, new_blocks)
             budget -= count if pay else 0
             index += 1
-        return budget if pay else given
+        return budget if pay and returned == "left" else given
 
     return serve_running
+
+
+@serve.symptom(
+    "plan-by-id",
+    "The keys of the plan are the requests themselves, not their ids: plan[request] = (count, blocks).",
+)
+def _(failure):
+    return any("the key" in one for one in failure.got["amiss"])
+
+
+@serve.symptom(
+    "plan-without-both",
+    "What the plan holds for a request is the pair of what it computes and what it got: plan[request] = "
+    "(count, blocks), with the blocks as allocate_slots returned them.",
+)
+def _(failure):
+    return any("the value" in one for one in failure.got["amiss"])
+
+
+@serve.symptom(
+    "preempted-without-id",
+    "`preempted` takes request ids: preempted.add(victim.request_id). The runner knows a request by its id.",
+)
+def _(failure):
+    return any("preempted" in one for one in failure.got["amiss"])
+
+
+serve.mistake(
+    "empty-is-none",
+    "allocate_slots returns an empty list when the tokens fit in the blocks that the request has, and you take "
+    "that for a refusal: ask whether it is None.",
+)(_serving(empty_list="left out"))
+
+
+serve.mistake(
+    "empty-preempts",
+    "allocate_slots returns an empty list when the tokens fit in the blocks that the request has, and you "
+    "preempt somebody all the same: ask whether it is None.",
+)(_serving(empty_list="preempts"))
+
+
+serve.mistake(
+    "victim-stays-planned",
+    "The victim had been served earlier in this step, and it is still in the plan, with blocks that are not its "
+    "own any more: plan.pop(victim), and its tokens go back to the budget.",
+)(_serving(unplan=False))
+
+
+serve.mistake(
+    "threshold-ignored",
+    "A request gets more than the threshold allows. scheduler._chunk(remaining, budget) knows it: the least of "
+    "what remains, the threshold and the budget.",
+)(_serving(chunk="budget alone"))
 
 
 @serve.symptom(
@@ -1321,7 +1587,7 @@ def _serving(
     "others. Enter a request in the plan only once allocate_slots has returned a list, not None.",
 )
 def _(failure):
-    return bool(failure.got["without blocks"])
+    return any("no blocks" in one for one in failure.got["amiss"])
 
 
 @serve.symptom(
@@ -1332,6 +1598,14 @@ def _(failure):
 )
 def _(failure):
     return not set(failure.got["plan"]) <= set(failure.got["still running"])
+
+
+@serve.symptom(
+    "nothing-planned",
+    "A request is in the plan with no tokens at all: when the budget is used up, end the pass.",
+)
+def _(failure):
+    return 0 in failure.got["plan"].values()
 
 
 @serve.symptom(
@@ -1380,10 +1654,38 @@ serve.mistake(
 
 
 serve.mistake(
+    "ignores-arrival-first",
+    "Among requests of one priority you preempt the first in the list, which has the most work done. The latest "
+    "arrival goes: compare (priority, arrival_time).",
+)(_serving(victim="first by priority alone"))
+
+
+serve.mistake(
     "earliest-arrival",
     "Among requests of one priority you preempt the one that came first. It has waited longest and has the "
     "most work done: the latest arrival goes.",
 )(_serving(victim="earliest"))
+
+
+serve.mistake(
+    "preempts-the-last-of-the-urgent",
+    "You preempt the most deserving request: a small priority number means that it goes first. Take the "
+    "largest.",
+)(_serving(victim="last of the best"))
+
+
+serve.mistake(
+    "ignores-priority",
+    "Your victim is the latest arrival, whatever its priority. An urgent request may have come last: compare "
+    "(priority, arrival_time).",
+)(_serving(victim="arrival alone"))
+
+
+serve.mistake(
+    "ignores-priority-first",
+    "Your victim is the latest arrival, whatever its priority. An urgent request may have come last: compare "
+    "(priority, arrival_time).",
+)(_serving(victim="first by arrival alone"))
 
 
 serve.mistake(
@@ -1422,6 +1724,13 @@ serve.mistake(
 
 
 serve.mistake(
+    "stops-after-itself",
+    "When the request that asks is the victim itself, you end the pass. (So does vLLM.) Those behind it may fit "
+    "in what it gave back: here the pass goes on with the next.",
+)(_serving(after_self="stop"))
+
+
+serve.mistake(
     "stops-after-a-preemption",
     "After a preemption you end the pass. The victim's blocks were freed for the sake of the others: serve "
     "the request that asked, and go on with the rest. (Only the *admission* of waiting requests is skipped "
@@ -1438,22 +1747,49 @@ serve.mistake(
 
 serve.mistake(
     "budget-untouched",
-    "You return the budget as it came. The second pass would hand the same tokens out once more: return "
-    "what is left.",
+    "You never take from the budget what a request gets. Everybody is served from all of it, and the second "
+    "pass would hand the same tokens out once more: subtract, and return what is left.",
 )(_serving(pay=False))
 
 
+serve.mistake(
+    "old-budget-returned",
+    "You count the budget down and return it as it came. The second pass would hand the same tokens out once "
+    "more: return what is left.",
+)(_serving(returned="given"))
+
+
 serve.wrong("planned-without-blocks")(_serving(after_self="plan"))
-serve.wrong("serves-the-preempted")(_serving(unplan=False))
 serve.wrong("over-budget")(_serving(chunk=False))
 
 
-def _going_through(requests_of, *, skip):
+def _recording(plan_as, preempted_as):
+    """The solution, with other things written down."""
+
+    def serve_running(scheduler, budget, plan, preempted):
+        requests, ids = {}, set()
+        left = _serving()(scheduler, budget, requests, ids)
+        known = scheduler.requests
+        for request, (count, blocks) in requests.items():
+            key, value = plan_as(request, count, blocks)
+            plan[key] = value
+        preempted.update(preempted_as(known[name]) for name in ids)
+        return left
+
+    return serve_running
+
+
+serve.wrong("plan-by-id")(_recording(lambda one, n, ids: (one.request_id, (n, ids)), lambda one: one.request_id))
+serve.wrong("plan-without-both")(_recording(lambda one, n, ids: (one, n), lambda one: one.request_id))
+serve.wrong("preempted-without-id")(_recording(lambda one, n, ids: (one, (n, ids)), lambda one: one))
+
+
+def _going_through(requests_of, *, skip, stop=True, again=False):
     """The solution as a for loop, over what `requests_of` makes of the list."""
 
     def serve_running(scheduler, budget, plan, preempted):
         for request in requests_of(scheduler.running):
-            if budget <= 0:
+            if stop and budget <= 0:
                 break
             if skip and request not in scheduler.running:
                 continue
@@ -1466,6 +1802,8 @@ def _going_through(requests_of, *, skip):
                 preempted.add(victim.request_id)
                 if victim is request:
                     break
+                if again:
+                    count = scheduler._chunk(request.num_tokens - request.num_computed_tokens, budget)
                 blocks = scheduler.kv_cache.allocate_slots(request, count)
             else:
                 plan[request] = (count, blocks)
@@ -1473,6 +1811,13 @@ def _going_through(requests_of, *, skip):
         return budget
 
     return serve_running
+
+
+serve.mistake(
+    "urgent-first",
+    "You serve the running requests in order of priority. They are served in the order of scheduler.running; "
+    "priority decides who joins and who is preempted.",
+)(_going_through(lambda running: sorted(running, key=lambda one: (one.priority, one.arrival_time)), skip=True))
 
 
 serve.mistake(
@@ -1484,7 +1829,9 @@ serve.mistake(
 
 
 serve.wrong("serves-the-preempted")(_going_through(list, skip=False))
+serve.wrong("nothing-planned")(_going_through(list, skip=True, stop=False))
 serve.accepts(_going_through(list, skip=True))
+serve.accepts(_going_through(list, skip=True, again=True))  # with what a victim gave back
 
 
 @serve.accepts

@@ -48,7 +48,8 @@ from course_lib.core.request import RequestStatus
 from course_lib.teaching import check, course_llm, exercise, hint, my_code, predict, reveal, solution
 from course_lib.teaching import course_style, explore_schedule, record, show
 from course_lib.teaching.explorers.batching import draw_seats
-from course_lib.teaching.scheduling import limited, serve, static_batches, step_ms, total_tokens
+from course_lib.teaching.recording.scheduling import limited, serve, static_batches, step_ms
+from course_lib.teaching.recording.scheduling import total_tokens
 
 llm = course_llm()
 tokenizer = llm.get_tokenizer()
@@ -61,30 +62,21 @@ def text(i, length):
 
 # %%
 def time_decode(n):
-    return step_ms(serve(llm, [(0, text(i, 4), 4) for i in range(n)])[1], n)
+    return step_ms(serve(llm, [(0, text(i, 1), 3) for i in range(n)])[1], n)
 
 
-sizes = np.array([1, 2, 4, 8, 16, 32])
-decode_ms = np.min([[time_decode(n) for n in sizes] for _ in range(2)], axis=0)
+sizes = np.array([1, 8, 16, 32])
+decode_ms = np.min([[time_decode(n) for n in sizes] for _ in range(3)], axis=0)
 per_token, fixed = np.polyfit(sizes, decode_ms, 1)
 for n, ms in zip(sizes, decode_ms):
     print(f"{n:2d} requests: {ms:4.0f} ms a step, {1000 * n / ms:4.0f} tokens/s")
 print(f"about {fixed:.0f} ms, and {per_token:.1f} ms more for each request")
 print(f"the two are equal at {fixed / per_token:.0f} requests")
 
-# %%
-with course_style():
-    fig, axis = plt.subplots(figsize=(8, 2.8))
-    axis.plot(sizes, decode_ms, marker="o", label="measured")
-    axis.plot([0, 32], [fixed, fixed + 32 * per_token], label="fixed + requests × a bit")
-    axis.set(xlabel="requests in the step", ylabel="ms", ylim=(0, None))
-    axis.legend()
-show(fig, alt="Milliseconds of a decode step against the number of requests: a line that starts well "
-     "above zero and rises slowly, so that 32 requests cost a few times as much as one.")
-
 # %% [markdown]
 # A step pays once for bringing 540 MB of weights to the cores, and then a little for each row that is multiplied with
-# them. The promise holds until the two are equal; from there on, twice the requests take nearly twice the time.
+# them. Where the two are equal a step costs double; twice as many requests then take half as long again, and only far
+# beyond that nearly twice as long.
 # On an H100 in bfloat16 the same two numbers (989 TFLOP/s and 3.35 TB/s, two operations and two bytes a weight) are equal
 # at about 300 rows: a chip that decodes for one user spends its time waiting for weights.
 #
@@ -211,16 +203,18 @@ show(draw_seats(trace, lengths, num_steps=len(static_trace.steps)),
 
 # %% [markdown]
 # Not a position too many. What is left at the end is the tail: the last long answer runs alone, and nobody is waiting to
-# keep it company. Now the clock, beside a forecast from nothing but the two numbers of the first cell:
+# keep it company. Now the clock, beside a forecast from nothing but the two numbers of the first measurement. (If they
+# differ much, another program has taken its turns.)
 
 # %%
+forecast, measured = [], []
+for run in (static_trace, trace):
+    forecast.append((fixed * len(run.steps) + per_token * total_tokens(run)) / 1000)
+    measured.append(run.steps[-1].start + run.steps[-1].execute_s - run.steps[0].start)
+for name, (static, continuous) in (("forecast", forecast), ("measured", measured)):
+    print(f"{name}: {static:.1f} s and {continuous:.1f} s, {static / continuous:.1f} times faster")
 finished = [request.finished for request in trace.requests.values()]
-for name, run in (("static", static_trace), ("continuous", trace)):
-    forecast = (fixed * len(run.steps) + per_token * total_tokens(run)) / 1000
-    measured = run.steps[-1].start + run.steps[-1].execute_s - run.steps[0].start
-    print(f"{name:10s} {len(run.steps)} steps: forecast {forecast:.1f} s, measured {measured:.1f} s")
-ratio = np.median(static_s) / np.median(finished)
-print(f"until half of the answers are there: {ratio:.1f} times faster")
+print(f"on average an answer is there {np.mean(static_s) / np.mean(finished):.1f} times sooner")
 
 # %%
 with course_style():
@@ -237,7 +231,7 @@ show(fig, alt="Seconds until each of 16 requests has its answer. Static batching
 # batch, and the cheaper a row (on a GPU far below its 300 rows, only the steps count). With equal lengths it is zero.
 #
 # One request gains nothing: the dragon takes its 32 steps either way, and now they also carry the prompts of newcomers. (On
-# a quiet machine its circle lies above its square.) Keep that in mind.
+# a quiet machine its circle lies above its square.)
 #
 # ## Whose token is it?
 #
@@ -249,13 +243,14 @@ predict("03.b")
 
 # %%
 jobs = {
-    "32 decodes": [(0, text(i, 4), 6) for i in range(32)],
-    "a prompt of 32": [(i, text(i, 32), 1) for i in range(5)],
-    "16 decodes, 16 of a prompt": [(0, text(i, 4), 8) for i in range(16)]
-    + [(i, text(i, 16), 1) for i in range(2, 7)],
+    "32 decodes": [(0, text(i, 1), 3) for i in range(32)],
+    "a prompt of 32": [(i, text(i, 32), 1) for i in range(3)],
+    "16 decodes, 16 of a prompt": [(0, text(i, 1), 4) for i in range(16)]
+    + [(i, text(i, 16), 1) for i in range(1, 4)],
 }
-for name, mix in jobs.items():
-    print(f"{name:28s} {step_ms(serve(llm, mix)[1], 32):4.0f} ms")
+times = [[step_ms(serve(llm, mix)[1], 32) for mix in jobs.values()] for _ in range(2)]
+for name, ms in zip(jobs, np.min(times, axis=0)):
+    print(f"{name:28s} {ms:4.0f} ms")
 reveal("03.b")
 
 # %% [markdown]
@@ -280,8 +275,8 @@ reveal("03.b")
 # | 2 | 100 / 101 | 28 / 30 | 0 / 10 | 1 · 2 · 10 |
 # | 3 | 101 / 102 | 30 / 31 | 10 / 11 | 1 · 1 · 1 |
 #
-# Nobody decided to cut A's prompt in two. It was behind by more than there was. A second limit, the threshold, keeps one
-# long prompt from taking a whole step: no request gets more than that at once.
+# Nobody decided to cut A's prompt in two. It was behind by more than there was. A second limit, the threshold
+# (`long_prefill_token_threshold`), keeps one long prompt from taking a whole step: no request gets more than that at once.
 
 # %% tags=["exercise"]
 @exercise("03.2", target="course_lib.core.scheduler:Scheduler._chunk")
@@ -305,8 +300,7 @@ def tokens_of_step(requests, budget, threshold):
 check("03.2")
 
 # %% [markdown]
-# Since the scheduler sees counts and never a tensor, you can ask it about a step without running the model. The engine's
-# own answer to the table above:
+# The scheduler sees counts and never a tensor, so it can rehearse a step without the model. Its answer to the table above:
 
 # %% tags=["exact"]
 jobs = [(0, text(i, length), 3) for i, length in enumerate((100, 30, 10))]
@@ -365,25 +359,25 @@ check("03.3")
 predict("03.c")
 
 # %%
-readers = [(0, text(i, 8), 18) for i in range(4)]
-page = (4, text(9, 384), 4)
+readers = [(0, text(i, 8), 14) for i in range(4)]
+page = (4, text(9, 384), 1)
 gaps = {}
-for budget in (2048, 256, 64):
+for budget in (2048, 64):
     _, run = serve(llm, [*readers, page], max_num_batched_tokens=budget)
     gaps[budget] = np.diff([step.start for step in run.steps])
     print(f"budget {budget:4d}: longest gap between two tokens {1000 * gaps[budget].max():5.0f} ms, "
-          f"the page's first token after {run.requests['4'].ttft:.1f} s")
+          f"the page's first token after {run.requests['4'].ttft:.2f} s")
 reveal("03.c")
 
 # %%
 with course_style():
     fig, axis = plt.subplots(figsize=(8, 2.8))
-    for (budget, ms), marker in zip(gaps.items(), "osd"):
+    for (budget, ms), marker in zip(gaps.items(), "os"):
         axis.plot(1000 * ms, marker=marker, markersize=4, label=f"budget {budget}")
     axis.set(xlabel="token of a reader's answer", ylabel="ms since the last", ylim=(0, None))
     axis.legend()
 show(fig, alt="Milliseconds between two tokens of a reader, one by one. Budget 2048: one gap far above "
-     "all others. Budget 256: two lower ones. Budget 64: a low plateau of seven tokens.")
+     "all others. Budget 64: a low plateau of seven tokens.")
 
 # %% [markdown]
 # One page, and with the large budget all four texts freeze for as long as its prefill takes. **Chunked prefill** turns
@@ -401,9 +395,9 @@ show(fig, alt="Milliseconds between two tokens of a reader, one by one. Budget 2
 # the next oldest is.
 #
 # *What is lost?* The cache, not the text. The victim keeps its prompt and the answer it has written, which the user has
-# seen. It goes to the *front* of the queue with `num_computed_tokens = 0`. And then nothing special happens: it is a
-# request that is 40 tokens behind. Prompt and half an answer are computed like one longer prompt, and the next token comes
-# out as if nothing had been.
+# seen. It goes to the *front* of the queue with `num_computed_tokens = 0`, and a step that preempts admits nobody. Then
+# nothing special happens: it is a request that is 40 tokens behind. Prompt and half an answer are computed like one longer
+# prompt, and the next token comes out as if nothing had been.
 #
 # | | running | waiting | free blocks | D: computed / known |
 # |---|---|---|---|---|
@@ -419,7 +413,7 @@ def preempt(scheduler, request):
     scheduler.running: list of requests, to be changed in place; scheduler.kv_cache.free(request):
     returns all blocks of a request, and looks at its num_computed_tokens to see which of them hold
     anything; scheduler.waiting: the queue, with return_preempted(request). On the request:
-    num_computed_tokens, status (RequestStatus), and num_preemptions, a count.
+    num_computed_tokens, status (to be RequestStatus.PREEMPTED), and num_preemptions, a count.
     """
     #: solution
     scheduler.running.remove(request)
@@ -439,7 +433,7 @@ check("03.4")
 
 # %%
 long_ones = (QUESTIONS[2], QUESTIONS[11], "Why is the sky blue?", "Give me a recipe for pancakes.")
-stories = [(0, chat(question), 20) for question in long_ones]
+stories = [(0, chat(question), 16) for question in long_ones]
 with my_code():
     undisturbed, roomy = serve(llm, stories, num_blocks=16)
     disturbed, crowded = serve(llm, stories, num_blocks=8)
@@ -458,8 +452,8 @@ explore_schedule(crowded)
 #
 # ## Break it: take the blocks back
 #
-# All that computing, twice. Here is an idea to save it. When a preempted request comes back, its old blocks may still hold
-# its keys and values. Remember which they were, and take them back. (To the scheduler that looks like a prefix hit, so
+# Here is an idea to save all that computing. When a preempted request comes back, its old blocks may still hold its keys
+# and values. Remember which they were, and take them back. (To the scheduler that looks like a prefix hit, so
 # prefix caching is on in this run; and `check_invariants` runs after every step, as it does under `COURSE_DEBUG=1`.)
 
 # %%
@@ -486,14 +480,15 @@ checked = {"enable_prefix_caching": True, "check_invariants": True}
 with patch.object(Scheduler, "_preempt", preempt_and_remember):
     with patch.object(KVCacheManager, "get_computed_blocks", take_back):
         broken, suspect = serve(llm, stories, num_blocks=8, **checked)
+print(f"{total_tokens(suspect)} tokens computed, instead of {total_tokens(crowded)}")
 for right, wrong in zip(undisturbed, broken):
     print("right: " + tokenizer.decode(right).replace("\n", " "))
     print("here:  " + ("the same" if right == wrong else tokenizer.decode(wrong)))
 
 # %% [markdown]
-# It saves the work, no invariant breaks, and the sky's new answer even reads well. The recipe is about bicycles: it reads
-# from the answer next to it. Nobody had asked whether a block went to someone else in between. A trace can tell, since it
-# has the block tables of every step: a request may only read blocks that it was the last to write.
+# It saves most of the work, no invariant breaks, and three answers are right. But the recipe is about bicycles, like an
+# answer next to it. Nobody had asked whether a block went to someone else in between. A trace can tell, since it has the
+# block tables of every step: a request may only read blocks that it was the last to write.
 
 # %%
 def foreign_reads(trace):
@@ -543,9 +538,9 @@ def serve_running(scheduler, budget, plan, preempted):
     scheduler.running: the list of running requests, in order of service; budget: tokens, at least 1.
     plan: empty dict, to be filled: request -> (number of tokens, new block ids);
     preempted: empty set, to be filled with request ids.
-    Of use: scheduler._chunk(remaining, budget) -> tokens for one request, decided before it asks
-    for blocks; scheduler.kv_cache.allocate_slots(request, tokens) -> new block ids, or None if there
-    are too few; scheduler._preempt(request), which takes it out of scheduler.running;
+    Of use: scheduler._chunk(remaining, budget) -> tokens for one request;
+    scheduler.kv_cache.allocate_slots(request, tokens) -> new block ids, or None if there are too
+    few; scheduler._preempt(request), which takes it out of scheduler.running;
     request.num_tokens, .num_computed_tokens, .priority, .arrival_time, .request_id.
     """
     #: solution
@@ -592,7 +587,7 @@ for level in (0, 1):
     print(f"priority {level}: {lost} preemptions, answers complete after {steps:.0f} steps (median)")
 
 # %% [markdown]
-# `chunk`, `admit`, `preempt`, `serve_running`: with all four passed, every decision of every step is yours. From a
+# `tokens_of_step`, `admit`, `preempt`, `serve_running`: with all four passed, every decision of every step is yours. From a
 # terminal: `python3 -m course_lib chat --mine`.
 #
 # One limit, here and in vLLM: an urgent request that *waits* preempts nobody. It goes to the front of the queue and joins
@@ -602,7 +597,8 @@ for level in (0, 1):
 #
 # An engine keeps its seats full as long as its queue is not empty. For ten million rows, then, the questions left are
 # where the queue comes from, where the answers go, and what happens on the second machine. vLLM's example for this
-# lesson hands them to Ray Data, and so does this, with its import changed and a model of your size:
+# lesson (in 0.32 `examples/ray_serving/batch_llm_inference.py`) hands them to Ray Data, and so does this, with its import
+# changed and a model of your size:
 
 # %%
 from course_lib.entrypoints.ray_data import build_llm_processor, vLLMEngineProcessorConfig
@@ -614,7 +610,7 @@ config = vLLMEngineProcessorConfig(
         "enable_chunked_prefill": True, "max_num_batched_tokens": 256, "max_model_len": 512
     },
     concurrency=1,  # engines, each a process with weights and a cache of its own
-    batch_size=8,  # rows handed to an engine at once
+    batch_size=16,  # rows handed to an engine at once
 )
 processor = build_llm_processor(
     config,
@@ -634,10 +630,10 @@ import time
 def answer_all(questions):
     """The rows, answered by an engine in a Ray of our own, or None where Ray cannot start."""
     start = time.perf_counter()
+    print("starting Ray and a second engine: up to half a minute …", flush=True)
     try:
-        import ray
-
         start_local_ray(num_cpus=2)
+        import ray
     except Exception as error:
         print(f"Ray does not start here ({type(error).__name__}). Read on: nothing below needs it.")
         return None
@@ -660,20 +656,20 @@ for row in sorted(rows or [], key=lambda row: row["question"])[:3]:
     print(row["question"], "→", row["answer"])
 
 # %% [markdown]
-# Nothing ran until `take_all` asked for rows. A row then went through three stages: `preprocess` in a worker, the engine
-# in an *actor* (a process that lives as long as the run, so that the model is loaded once), `postprocess` in a worker
-# again; rows come back as they are done, in any order. Nearly all of the time above was start-up, and for 16 rows a loop
-# wins. What Ray gives begins where a loop ends:
+# Nothing ran until `take_all` asked for rows. Each then went through `preprocess` and the engine, both in an *actor* (a
+# process that lives as long as the run, so that the model is loaded once), and through `postprocess` in a worker; rows come
+# back as they are done, in any order. Nearly all of the time above was start-up, and for 16 rows a loop wins. What Ray
+# gives begins where a loop ends:
 #
 # - **Streaming with back-pressure.** Rows flow through in small blocks. When the engine falls behind, reading stops; a
 #   data set larger than memory is no problem.
 # - **Many engines.** `concurrency=8` is eight actors, on this machine or on others, each pulling the next batch when it
-#   has room. They share nothing and need no scheduler in common.
+#   has room. They share nothing.
 # - **Somebody to restart what dies**, and readers and writers for Parquet, JSON and object stores around it.
 #
-# And a trap that you can now see: `batch_size` is no batch in the sense of this lesson. It is a parcel. If an engine got
-# one parcel at a time, its seats would empty towards the end of each: a static batch again, one floor up. So several
-# parcels are under way at once (`max_concurrent_batches`), and inside, the scheduler mixes them as it likes.
+# One name is a trap: `batch_size` is no batch in the sense of this lesson but a parcel. If an engine got one parcel at a
+# time, its seats would empty towards the end of each: a static batch again, one floor up. So several parcels are under way
+# at once (`max_concurrent_batches`), and inside, the scheduler mixes them as it likes.
 #
 # ## How vLLM does it
 #
@@ -687,14 +683,14 @@ for row in sorted(rows or [], key=lambda row: row["question"])[:3]:
 # | threshold with one request alone | applies | is ignored: there is nobody to protect |
 # | victim | last admitted; or largest (priority, arrival) | the same; of equals the first in the list |
 # | the request preempts itself | the pass goes on | the pass ends |
-# | planning | after the step before | may overlap with it (`async_scheduler.py`): counts are advanced when planned, not when done |
+# | planning | after the step before; on a GPU one plain decode step ahead | may overlap with it: a token not known yet is a placeholder (`num_output_placeholders`) |
 #
 # The second line is experience: if chunks may join without room for the rest, a crowd of long prompts gets in and preempts
 # itself. The queues are in `request_queue.py` beside it, the limits in `vllm/config/scheduler.py`.
 #
-# 0.8.5 still had the old scheduler in `vllm/core/scheduler.py` as well: it ran prompts *or* decodes in a step, prompts
-# first, and could swap a victim's blocks to the CPU's memory. The PagedAttention paper had found recomputing about as fast
-# for blocks of 16 to 64 tokens, and the new engine kept only that.
+# 0.8.5 still had the old scheduler in `vllm/core/scheduler.py` as well: by default it ran prompts *or* decodes in a step,
+# prompts first, and could swap a victim's blocks to the CPU's memory. The PagedAttention paper had found recomputing about
+# as fast for blocks of 16 to 64 tokens, and the new engine kept only that.
 #
 # ## Recap
 #

@@ -16,7 +16,7 @@ pytest.importorskip("playwright", reason="Playwright is in requirements.txt; the
 from playwright.sync_api import Locator, Page, expect, sync_playwright
 
 from course_lib.teaching.catalogue import lesson
-from course_lib.teaching.lesson_source import solution_of, stub_of
+from course_lib.teaching.lessons.lesson_source import solution_of, stub_of
 
 LESSON = lesson("02")
 EXERCISE = "02.1"

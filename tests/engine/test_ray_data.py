@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import pickle
 import re
 import subprocess
@@ -265,6 +266,25 @@ def test_bad_rows_do_not_lose_the_good_ones(chat_model_path: Path) -> None:
             await answers(engine, chat("good"))
 
     asyncio.run(run())
+
+
+def test_rays_processes_start_without_a_slow_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    from course_lib.entrypoints.ray_local import _slow_import_left_out
+
+    code = "try: import rfc3987_syntax\nexcept ImportError as error: print(error.msg)"
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    monkeypatch.delitem(sys.modules, "rfc3987_syntax", raising=False)
+    with _slow_import_left_out():
+        with pytest.raises(ImportError):
+            __import__("rfc3987_syntax")
+        assert os.environ["PYTHONPATH"].endswith(os.pathsep + "elsewhere")
+        said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert said.startswith("left out by")
+    assert os.environ["PYTHONPATH"] == "elsewhere" and "rfc3987_syntax" not in sys.modules
+    monkeypatch.delenv("PYTHONPATH")
+    with _slow_import_left_out():
+        pass
+    assert "PYTHONPATH" not in os.environ
 
 
 # ---- through Ray --------------------------------------------------------------------------------------

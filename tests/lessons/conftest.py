@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from course_lib.teaching.builder import build
+from course_lib.teaching.building.builder import build
 from tests.lessons.miniature import Miniature, write_miniature
 
 

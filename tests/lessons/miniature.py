@@ -114,7 +114,7 @@ check("02.3")
 SOURCE = FRONT_MATTER + "".join(CELLS)
 
 EXERCISES = '''
-from course_lib.teaching.exercise_file import Case, Choice, Exercise, Question
+from course_lib.teaching.checking.exercise_file import Case, Choice, Exercise, Question
 
 HINTS = ("a nudge", "a push", "nearly the code")
 

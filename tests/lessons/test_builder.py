@@ -15,9 +15,11 @@ import nbformat
 import pytest
 
 from course_lib.bootstrap.places import REPO_ROOT
-from course_lib.teaching import builder, catalogue, index
-from course_lib.teaching.builder import EDITIONS, build, is_stale, make_notebook, notebook_path
-from course_lib.teaching.lesson_source import LessonError
+from course_lib.teaching import catalogue
+from course_lib.teaching.building import builder
+from course_lib.teaching.building.builder import EDITIONS, build, is_stale, notebook_path
+from course_lib.teaching.lessons import index
+from course_lib.teaching.lessons.lesson_source import LessonError
 from tests.lessons.miniature import FRONT_MATTER, Miniature, write_miniature
 
 COURSE = {lesson.number: lesson for lesson in catalogue.lessons()}
@@ -170,7 +172,7 @@ def test_interrupt_stops_the_kernel(tmp_path: Path) -> None:
     marker = tmp_path / "kernel.pid"
     script = (
         "import sys; from pathlib import Path; from tests.lessons.miniature import *;"
-        "from course_lib.teaching.builder import build;"
+        "from course_lib.teaching.building.builder import build;"
         f"build(write_miniature(Path({str(tmp_path)!r}), source=Path(sys.argv[1]).read_text()))"
     )
     source = write_miniature(tmp_path, source=FRONT_MATTER + SLEEPER.format(marker=str(marker))).source

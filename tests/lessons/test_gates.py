@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from course_lib.teaching import gates
-from course_lib.teaching.budgets import is_well_formed
+from course_lib.teaching.building import gates
+from course_lib.teaching.building.budgets import is_well_formed
 from course_lib.teaching.catalogue import Lesson, lessons
 
 WRITTEN = [lesson for lesson in lessons() if lesson.is_written]

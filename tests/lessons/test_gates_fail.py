@@ -9,9 +9,10 @@ from collections.abc import Callable
 import nbformat
 import pytest
 
-from course_lib.teaching import budgets, gates
-from course_lib.teaching.builder import VERSION, build, notebook_path
+from course_lib.teaching.building import budgets, gates
+from course_lib.teaching.building.builder import VERSION, build, notebook_path
 from course_lib.teaching.catalogue import lesson as lesson_of_course
+from course_lib.teaching.lessons import nbval_run
 from tests.lessons.miniature import EXERCISES, Miniature
 
 Notebook = nbformat.NotebookNode
@@ -66,6 +67,30 @@ def test_what_cannot_be_read(miniature: Miniature) -> None:
         fails(gate(miniature), "line 1: a lesson begins with its front matter")
 
 
+def test_what_cannot_be_checked_here_neither_passes_nor_fails(
+    built: Miniature, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_nbval(notebook, environment):
+        cells = gates.code_cells(gates.stored_notebook(built, "solved"))
+        said = {"check-02-1": "02.1 · cannot be checked here: there is no Triton.\n", "check-02-2": "02.2 · wrong\n"}
+        failing = {*said, "ex-02-1", "ex-02-2"}
+        return {number: nbval_run.CellReport(cell.id not in failing, said.get(cell.id, ""), "fails")
+                for number, cell in enumerate(cells)}  # fmt: skip
+
+    monkeypatch.setattr(gates, "run_nbval", run_nbval)
+    for gate in (gates.solved_runs, gates.learner_runs):
+        problems = gate(built)
+        assert len(problems) == 2
+        fails(problems, "(ex-02-2): fails", "(check-02-2): fails")
+
+    text = built.exercises.read_text().replace("accepts(lambda x: right(x))", "accepts(lambda x: right(x) + 1)")
+    built.exercises.write_text(text)
+    fails(gates.answers_are_judged(built), "should pass, but would be told 'one-more'")
+    needing = 'hints=HINTS, needs=("no_such_package", "Linux only.")'
+    built.exercises.write_text(text.replace("hints=HINTS", needing))
+    assert gates.answers_are_judged(built) == []
+
+
 # 1 same cells
 
 
@@ -77,7 +102,7 @@ def test_1_source_changed(built: Miniature, path: str) -> None:
 
 
 def test_1_builder_changed(built: Miniature, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("course_lib.teaching.builder.VERSION", VERSION + 1)
+    monkeypatch.setattr("course_lib.teaching.building.builder.VERSION", VERSION + 1)
     fails(gates.same_cells(built), "made from another source")
 
 
@@ -140,7 +165,7 @@ def test_1_jupytext_reads_something_else(built: Miniature) -> None:
 
 @pytest.mark.slow
 def test_6_failing_cells(built: Miniature, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gates, "CELL_TIMEOUT_S", 2)
+    monkeypatch.setattr(nbval_run, "CELL_TIMEOUT_S", 2)
 
     def change(notebook: Notebook) -> None:
         cell_of(notebook, 'predict("02.a")').metadata.tags = ["nbval-skip"]
@@ -159,12 +184,13 @@ def test_6_failing_cells(built: Miniature, monkeypatch: pytest.MonkeyPatch) -> N
     assert "raise ValueError('on purpose')" in problems[1] and "----> 5 f()" in problems[1]
     assert "[1, 2, 4]" in problems[2] and "[1, 2, 3]" in problems[2]
     assert "02.1 · not done yet" in problems[3] and "Timeout of 2 seconds" in problems[4]
-    assert len(problems) == 8 and "Previous cell timed out" in problems[5]
+    # a cell that was stopped fails what needs it, and nothing else
+    assert len(problems) == 6 and problems[5].startswith("learner edition, cell 9 (check-02-2)")
 
 
 @pytest.mark.slow
 def test_2_dying_kernel(built: Miniature, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gates, "CELL_TIMEOUT_S", 1)
+    monkeypatch.setattr(nbval_run, "CELL_TIMEOUT_S", 1)
 
     def change(notebook: Notebook) -> None:
         cell_of(notebook, "def same(").source = "import os\n\nos._exit(1)"
@@ -176,7 +202,7 @@ def test_2_dying_kernel(built: Miniature, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_2_solved_edition_that_does_not_pass(built: Miniature, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gates, "run_nbval", lambda lesson, edition: [])  # shown above
+    monkeypatch.setattr(gates, "run_edition", lambda lesson, edition: [])  # shown above
     assert gates.solved_runs(built) == []
 
     def change(notebook: Notebook) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import jupytext
 import pytest
 
-from course_lib.teaching.lesson_source import LessonError, is_stub, read_lesson, solution_of, stub_of
+from course_lib.teaching.lessons.lesson_source import LessonError, is_stub, read_lesson, solution_of, stub_of
 from tests.lessons.miniature import FRONT_MATTER, Miniature, write_miniature
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from course_lib.teaching import catalogue, session
+from course_lib.teaching import catalogue
+from course_lib.teaching.learner import session
 from tests.engine.conftest import tiny_engine, tiny_model_path  # noqa: F401
 from tests.teaching.tiny_lesson import Notebook, make_lesson
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from course_lib.errors import CourseError
-from course_lib.teaching.answers import capture, load_answer, run_answer, store_answer, stored_answers
+from course_lib.teaching.learner.answers import capture, load_answer, run_answer, store_answer, stored_answers
 
 
 class Notebook:
@@ -126,7 +126,7 @@ def test_an_answer_runs_in_another_process(notebook: Notebook, tmp_path: Path) -
     """)  # fmt: skip
     store_answer(tmp_path, "01.1", text)
     path = stored_answers(tmp_path)["01.1"]
-    script = "import sys, pathlib; from course_lib.teaching.answers import load_answer as load; "
+    script = "import sys, pathlib; from course_lib.teaching.learner.answers import load_answer as load; "
     script += "print(load(pathlib.Path(sys.argv[1]))(1234))"
     done = subprocess.run(
         [sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True

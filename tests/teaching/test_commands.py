@@ -11,10 +11,11 @@ import pytest
 from course_lib.bootstrap import lab
 from course_lib.bootstrap.places import REPO_ROOT
 from course_lib.errors import CourseError, SetupError
-from course_lib.teaching import catalogue, commands, grading, home
-from course_lib.teaching.grading import ExerciseGrade, Grade
+from course_lib.teaching import catalogue, commands
+from course_lib.teaching.learner import grading, home
+from course_lib.teaching.learner.grading import ExerciseGrade, Grade
+from course_lib.teaching.learner.progress import ProgressStore
 from course_lib.teaching.notebook_files import read_notebook
-from course_lib.teaching.progress import ProgressStore
 from tests.teaching.miniatures import make_lesson
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from course_lib.teaching.comparing import difference
-from course_lib.teaching.describing import describe, describe_error
+from course_lib.teaching.checking.comparing import difference
+from course_lib.teaching.checking.describing import describe, describe_error
 
 INF, NAN = float("inf"), float("nan")
 T, A = torch.tensor, np.array
@@ -55,6 +55,11 @@ def test_equal(got, expected):
     (3, 4, "The result is 3, it should be 4."),
     ("a", "b", "The result is 'a', it should be 'b'."),
     ([1, 2], [1, 2, 3], "The result has 2 elements, it should have 3."),
+    ([1, 3], [1, 2, 3], "The result has 2 elements, it should have 3. `result[1]` is 3, it should be 2."),
+    ([{"a": "x" * 90 + "b"}], [{"a": "x" * 90 + "c"}],
+     "`result[0]['a']`, from its character 90 on, is 'b', it should be 'c'."),
+    ("x" * 90, "x" * 90 + "y", "The result is 'xxx"),  # their lengths are shown
+    (set(range(30)) | {40}, set(range(30)) | {41}, "The result lacks {41}, and should not have {40}."),
     ([[1], [2]], [[1], [3]], "`result[1][0]` is 2, it should be 3."),
     ({"a": [1]}, {"a": [2]}, "`result['a'][0]` is 1, it should be 2."),
     ({"a": 1}, {"a": 1, "b": 2}, "The result lacks the key 'b'."),
@@ -167,3 +172,15 @@ def test_describe_error_is_short_and_has_no_address():
         def __str__(self):
             raise RuntimeError
     assert describe_error(Odd()) == "Odd"
+
+
+def test_a_private_exception_is_described_without_its_name():
+    class _Lookup(KeyError):
+        def __str__(self):
+            return self.args[0]
+
+    class _Odd(_Lookup):
+        def __str__(self):
+            raise RuntimeError
+    assert describe_error(_Lookup("300 steps, and no end")) == "300 steps, and no end"
+    assert describe_error(_Lookup("")) == describe_error(_Odd()) == "KeyError"

@@ -6,10 +6,10 @@ import os
 
 import pytest
 
-from course_lib.teaching.exercise_file import Case, Choice, Question, load_exercises
+from course_lib.teaching.checking.exercise_file import Case, Choice, Question, load_exercises
 
 GOOD = '''
-from course_lib.teaching.exercise_file import Case, Choice, Exercise, Question
+from course_lib.teaching.checking.exercise_file import Case, Choice, Exercise, Question
 
 double = Exercise("01.1", "Double it", target=None, stars=1, minutes=5, importance="core",
                   hints=("a", "b", "c"))
@@ -61,6 +61,14 @@ def test_a_file_gives_its_exercises_and_questions_by_id(load):
     assert found.questions["01.a"].right.text == "two"
 
 
+def test_an_obstacle_is_a_package_that_is_not_there(load):
+    needing = 'needs=("{}", "It exists for Linux only."), stars=1'
+    there, missing = (load(GOOD.replace("stars=1", needing.format(name))).exercises["01.1"]
+                      for name in ("json", "no_such_package"))
+    assert there.obstacle is None and load(GOOD).exercises["01.1"].obstacle is None
+    assert missing.obstacle == "It exists for Linux only."
+
+
 def test_cases_come_from_two_seeds_and_are_the_same_every_time(load):
     exercise = load(GOOD).exercises["01.1"]
     first, again = ([(case.args, case.kwargs) for case in exercise.make_cases()] for _ in range(2))
@@ -78,6 +86,8 @@ def test_cases_come_from_two_seeds_and_are_the_same_every_time(load):
     ("@double.accepts", '@double.budget("too many", most=1, unit="sort")', "@budget needs a @wasteful"),
     ('("a", "b", "c")', '("a", "b")', "hints should be three"),
     ("stars=1", "stars=5", "stars should be"),
+    ("stars=1", 'needs="triton", stars=1', "needs should be the name of a package and a sentence"),
+    ("stars=1", 'needs=("triton.language", "Linux only."), stars=1', "needs should be the name of a package"),
     ('"core"', '"vital"', "importance should be one of core, useful, extra"),
     ("target=None", 'target="course_lib.sampling"', "target should look like"),
     ('"01.1"', '"1.1"', "id should look like"),

@@ -14,14 +14,21 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from course_lib.teaching.explorers import (
-    describe_blocks, describe_requests, describe_schedule, draw_blocks, draw_requests, draw_schedule,
-    explore_blocks, explore_requests, explore_schedule,
+    describe_blocks,
+    describe_requests,
+    describe_schedule,
+    draw_blocks,
+    draw_requests,
+    draw_schedule,
+    explore_blocks,
+    explore_requests,
+    explore_schedule,
 )  # fmt: skip
 from course_lib.teaching.explorers.block_grid import Grid, held_blocks
+from course_lib.teaching.explorers.figures import MAX_BYTES, png_bytes
 from course_lib.teaching.explorers.requests import phases
 from course_lib.teaching.explorers.schedule import Span, is_prefill, spans
-from course_lib.teaching.figures import MAX_BYTES, png_bytes
-from course_lib.teaching.trace import RequestTrace, Step, Trace
+from course_lib.teaching.recording.trace import RequestTrace, Step, Trace
 
 pytestmark = pytest.mark.filterwarnings("error")  # a warning would stand above the learner's picture
 

@@ -14,8 +14,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from course_lib.teaching.figures import MAX_BYTES, explore, png_bytes, show
-from course_lib.teaching.style import LINE, PAPER, SERIES, canvas, course_style, marks, shorten
+from course_lib.teaching.explorers.figures import MAX_BYTES, explore, png_bytes, show
+from course_lib.teaching.explorers.style import LINE, PAPER, SERIES, canvas, course_style, marks, shorten
 
 pytestmark = pytest.mark.filterwarnings("error")
 WIDGET = "application/vnd.jupyter.widget-view+json"

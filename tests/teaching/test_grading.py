@@ -14,11 +14,13 @@ import pytest
 
 from course_lib.bootstrap.places import REPO_ROOT
 from course_lib.errors import CourseError
-from course_lib.teaching import grading
-from course_lib.teaching.cell_reports import pytest_runtest_makereport
-from course_lib.teaching.grading import grade, graded_notebook
+from course_lib.teaching.learner import grading
+from course_lib.teaching.learner.grading import grade, graded_notebook
+from course_lib.teaching.learner.progress import ProgressStore
+from course_lib.teaching.learner.workspace import update
+from course_lib.teaching.lessons import nbval_run
+from course_lib.teaching.lessons.cell_reports import pytest_runtest_makereport
 from course_lib.teaching.notebook_files import read_notebook
-from course_lib.teaching.workspace import update
 from tests.teaching.miniatures import SOLVED, edit, make_lesson, own
 
 RIGHT = {"ex_01_1": SOLVED.format(1), "ex_01_2": SOLVED.format(2)}
@@ -86,7 +88,7 @@ def test_a_right_notebook_passes_where_it_lies(lesson, work):
 
 
 def test_whatever_the_other_cells_do_every_check_counts(lesson, work, monkeypatch):
-    monkeypatch.setattr(grading, "CELL_TIMEOUT_S", 2)
+    monkeypatch.setattr(nbval_run, "CELL_TIMEOUT_S", 2)
     inserted = [
         ("code-toys", "while True: pass"),
         ("md-first", "print('x' * 10_000_000)"),
@@ -103,8 +105,34 @@ def test_whatever_the_other_cells_do_every_check_counts(lesson, work, monkeypatc
     assert result.text().endswith("1 of 2 exercises passed.")
 
 
+def test_what_cannot_be_checked_here_neither_passes_nor_fails(lesson, work):
+    unavailable = "checked = check\ndef check(name):\n    checked(name) if name != '01.2' else print(said)"
+    said = "said = '01.2 · cannot be checked here: there is no Triton.'"
+    inserted = [("code-toys", f"{said}\n{unavailable}")]
+    save(lesson, work, inserted, ex_01_1=SOLVED.format(1), ex_01_2="import no_such_module")
+    result = grade(lesson, work)
+    assert [exercise.passed for exercise in result.exercises] == [True, None]
+    assert result.passed and result.troubles == ()
+    assert result.text() == (
+        "01.1 · passed\n\n01.2 · cannot be checked here: there is no Triton.\n\n"
+        "1 of 2 exercises passed, 1 cannot be checked here."
+    )
+
+
+def test_a_pass_whose_saved_copy_has_no_verdict_is_told_as_such(lesson, work):
+    store = ProgressStore(work)
+    for exercise in ("01.1", "01.2"):
+        store.record_attempt(exercise, "passed", "")
+    save(lesson, work, ex_01_1=SOLVED.format(1), ex_01_2="not Python")
+    grade(lesson, work)
+    known = store.read()
+    assert (known.of("01.1").has_slipped, known.of("01.2").has_slipped) == (False, True)
+    assert known.of("01.2").passed and known.of("01.2").attempts == 1
+    assert (work / "HOME.md").exists()
+
+
 def test_a_dead_kernel_fails_what_comes_after_it(lesson, work, monkeypatch):
-    monkeypatch.setattr(grading, "CELL_TIMEOUT_S", 1)
+    monkeypatch.setattr(nbval_run, "CELL_TIMEOUT_S", 1)
     save(lesson, work, [("check-01-1", "import os; os._exit(1)")], **RIGHT)
     result = grade(lesson, work)
     assert [exercise.passed for exercise in result.exercises] == [True, False]
@@ -127,7 +155,7 @@ def test_an_excused_failure_is_no_pass(tmp_path, monkeypatch, changes, passed):
     file = tmp_path / "reports"
     monkeypatch.setenv("COURSE_CELL_REPORTS", str(file))
     item = SimpleNamespace(cell_num=3, test_outputs=None)
-    report = SimpleNamespace(**{"when": "call", "passed": True, "failed": False, **changes})
+    report = SimpleNamespace(**{"when": "call", "passed": True, "failed": False, "longreprtext": "", **changes})
     hook = pytest_runtest_makereport(item, SimpleNamespace(excinfo=None))
     next(hook)
     with pytest.raises(StopIteration):
@@ -135,8 +163,22 @@ def test_an_excused_failure_is_no_pass(tmp_path, monkeypatch, changes, passed):
     assert f'"cell": 3, "passed": {str(passed).lower()}' in file.read_text()
 
 
+@pytest.mark.parametrize(("name", "told"), [("ValueError", "ValueError: too long"), ("_Private", "too long")])
+def test_a_private_exception_is_told_without_its_name(tmp_path, monkeypatch, name, told):
+    file = tmp_path / "reports"
+    monkeypatch.setenv("COURSE_CELL_REPORTS", str(file))
+    outputs = [{"output_type": "error", "ename": name, "evalue": "too long"}]
+    item = SimpleNamespace(cell_num=0, test_outputs=outputs)
+    failed = SimpleNamespace(excinfo=SimpleNamespace(value=Exception("failed")))
+    hook = pytest_runtest_makereport(item, failed)
+    next(hook)
+    with pytest.raises(StopIteration):
+        hook.send(SimpleNamespace(when="call", passed=False, failed=True, longreprtext=""))
+    assert f'"problem": "{told}"' in file.read_text()
+
+
 def test_nbval_that_does_not_start_is_told_with_its_last_words(lesson, work, monkeypatch):
-    monkeypatch.setattr(grading, "run", lambda *args, output, **kwargs: output.write_text("no module nbval"))
+    monkeypatch.setattr(nbval_run, "run", lambda *args, output, **kwargs: output.write_text("no module nbval"))
     with pytest.raises(CourseError, match="(?s)could not be run.*no module nbval"):
         grade(lesson, work)
     assert nothing_left(lesson, work)
@@ -148,7 +190,7 @@ def test_ctrl_c_leaves_nothing_behind(lesson, work, tmp_path, whole_group):
     tell = f"open({str(pid_file)!r}, 'w').write(f'{{os.getpid()}} {{os.getppid()}} ')"
     save(lesson, work, [("code-toys", f"import os, time; {tell}; time.sleep(60)")])
     program = (
-        "import sys; from pathlib import Path; from course_lib.teaching import catalogue, grading\n"
+        "import sys; from pathlib import Path; from course_lib.teaching.learner import grading\n"
         "from tests.teaching.miniatures import make_lesson\n"
         "patch = type('Patch', (), {'setattr': setattr})\n"
         "grading.grade(make_lesson(Path(sys.argv[1]), patch), Path(sys.argv[2]))"

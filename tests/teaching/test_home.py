@@ -6,10 +6,11 @@ import re
 
 import pytest
 
-from course_lib.teaching import catalogue, home
-from course_lib.teaching.home import home_page, terminal_page, write_home
-from course_lib.teaching.progress import Progress, ProgressStore
-from course_lib.teaching.workspace import update
+from course_lib.teaching import catalogue
+from course_lib.teaching.learner import home
+from course_lib.teaching.learner.home import home_page, terminal_page, write_home
+from course_lib.teaching.learner.progress import Progress, ProgressStore
+from course_lib.teaching.learner.workspace import update
 from tests.teaching.miniatures import make_lesson
 
 
@@ -48,6 +49,25 @@ def test_what_is_done_shows_and_what_is_next_moves_on(two_lessons, tmp_path):
     assert "Next:" not in home_page(both, two_lessons) and "| ✓ 2 of 2 exercises |" in home_page(
         both, two_lessons
     )
+
+
+def test_a_pass_that_failed_when_checked_last_stays_and_is_told(two_lessons, tmp_path):
+    passed(tmp_path, "01.1", "01.2")
+    store = ProgressStore(tmp_path)
+    store.record_attempt("01.2", "wrong", "")
+    said = "✓ 2 of 2 exercises; passed earlier, failed when checked last: 01.2"
+    assert f"| {said} |" in home_page(store.read(), two_lessons)
+    assert f"  {said}\n" in terminal_page(store.read(), two_lessons, tmp_path)
+    store.record_attempt("01.2", "passed", "")
+    assert "| ✓ 2 of 2 exercises |" in home_page(store.read(), two_lessons)
+
+
+def test_what_cannot_be_checked_here_keeps_nobody_from_going_on(two_lessons, tmp_path):
+    passed(tmp_path, "01.1")
+    store = ProgressStore(tmp_path)
+    store.record_verdict("01.2", "unavailable")
+    page = home_page(store.read(), two_lessons)
+    assert "| ✓ 1 of 2 exercises; cannot be checked here: 01.2 |" in page and "Next:" not in page
 
 
 def test_the_written_page_links_to_what_is_there(two_lessons, tmp_path):

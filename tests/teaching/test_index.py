@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from course_lib.errors import CourseError
-from course_lib.teaching import catalogue, index
+from course_lib.teaching import catalogue
 from course_lib.teaching.catalogue import STAGES, lesson, lessons
+from course_lib.teaching.lessons import index
 
 README = f"# The course\n\n{index.BEGIN}\nold\n{index.END}\n\n## More\n"
 SOURCE = """\

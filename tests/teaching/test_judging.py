@@ -14,11 +14,11 @@ import time
 import pytest
 import torch
 
-from course_lib.teaching import judging
-from course_lib.teaching.answer_code import does_nothing
-from course_lib.teaching.counting import count_torch_calls
-from course_lib.teaching.exercise_file import Case, Exercise
-from course_lib.teaching.judging import HEADLINES, Verdict, judge
+from course_lib.teaching.checking import judging
+from course_lib.teaching.checking.answer_code import does_nothing
+from course_lib.teaching.checking.counting import count_torch_calls
+from course_lib.teaching.checking.exercise_file import Case, Exercise
+from course_lib.teaching.checking.judging import HEADLINES, Verdict, judge
 
 
 def new_exercise():
@@ -129,6 +129,97 @@ def test_an_error_names_the_line_of_the_notebook(largest):
         "TypeError: list indices must be integers or slices, not str\n"
         f'It happened in `helper`, line 3: return numbers["k"]\n{FIRST_CASE}')
     assert "where the check calls your code" in judge(largest, lambda numbers: 1).message
+
+
+LIBRARY = in_notebook("""
+    class Library:
+        def run(kernel, *args):
+            try:
+                return kernel(*args)
+            except Exception as error:
+                raise RuntimeError(repr(error)) from error
+
+        def run_implicitly(kernel, *args):
+            try:
+                return kernel(*args)
+            except Exception:
+                raise RuntimeError("wrapped")
+
+        def run_silently(kernel, *args):
+            try:
+                return kernel(*args)
+            except Exception:
+                raise RuntimeError("wrapped") from None
+
+        def fails():
+            raise ValueError("of the library")
+    """)
+
+
+@pytest.mark.parametrize(("run", "told"), [
+    ("run", "KeyError: 'k'\nIt happened in `kernel`, line 3: return {}[k]"),
+    ("run_implicitly", "KeyError: 'k'\nIt happened in `kernel`, line 3: return {}[k]"),
+    ("run_silently",
+     "RuntimeError: wrapped\nIt happened in `answer`, line 6: return library.RUN(kernel, 'k')"),
+])
+def test_an_error_under_a_wrapper_names_the_line_that_raised_it(largest, run, told):
+    answer = in_notebook("""
+        def kernel(k):
+            return {}[k]
+
+        def answer(numbers, k):
+            return library.RUN(kernel, 'k')
+        """.replace("RUN", run), library=LIBRARY)
+    assert judge(largest, answer).message == told.replace("RUN", run)
+
+
+def test_an_error_in_the_learners_own_handler_is_told_itself(largest):
+    answer = in_notebook("""
+        def answer(numbers, k):
+            try:
+                return numbers["k"]
+            except TypeError:
+                return library.fails()
+        """, library=LIBRARY)
+    assert judge(largest, answer).message == (
+        "ValueError: of the library\nIt happened in `answer`, line 6: return library.fails()")
+
+
+def test_errors_tied_into_a_ring_are_told(largest):
+    def answer(numbers, k):
+        error = ValueError("round")
+        error.__context__ = KeyError()
+        error.__context__.__context__ = error
+        raise error
+    assert judge(largest, answer).message.startswith("ValueError: round\nIt happened in `answer`")
+
+
+def test_the_first_difference_is_shown_where_the_results_are_cut(largest):
+    lives = [{"step": i, "who": "a request", "blocks": [i, i + 1]} for i in range(24)]
+    largest.expected_function = lambda numbers, k: lives
+
+    def answer(numbers, k):
+        return [life if life["step"] < 17 else {**life, "blocks": [17, 0]} for life in lives]
+    plain, told = judge(largest, answer), "`result[17]['blocks'][1]` is 0, it should be 18."
+    assert plain.message == told and "The first difference" not in plain.text()
+
+    largest.symptom("release", "You release too early.")(lambda failure: True)
+    verdict = judge(largest, answer)
+    assert verdict.message == "You release too early." and verdict.text().endswith(
+        f"(24 elements)\nThe first difference: {told}")
+    largest.expected_function = lambda numbers, k: lives[:2]
+    assert "The first difference" not in judge(largest, lambda numbers, k: lives[:1]).text()  # all is shown
+    largest.same(lambda got, expected, case: False)
+    largest.expected_function = lambda numbers, k: lives
+    assert "The first difference" not in judge(largest, answer).text()
+
+
+def test_what_needs_a_package_that_is_not_there_is_not_judged(largest, monkeypatch):
+    largest.needs = ("no_such_package", "It exists for Linux only.")
+    monkeypatch.setattr(largest, "cases_function", None)
+    verdict = judge(largest, right)
+    assert verdict.text() == "01.2 · cannot be checked here: It exists for Linux only."
+    assert not verdict.passed and verdict.diagnostic is None
 
 
 def test_wrong_type(largest):

@@ -20,12 +20,13 @@ import course_lib.sampling.sampler
 from course_lib import LLMEngine, SamplingParams, cli
 from course_lib.core.block_pool import BlockPool
 from course_lib.teaching import catalogue, check, my_code, patched
-from course_lib.teaching.exercise_file import Exercise
-from course_lib.teaching.patching import Patches, Place
-from course_lib.teaching.session import current_session
+from course_lib.teaching.checking.exercise_file import Exercise
+from course_lib.teaching.learner.patching import Patches, Place
+from course_lib.teaching.learner.session import current_session
 from tests.teaching.tiny_lesson import Notebook
 
 DRAW = "course_lib.sampling.draw:draw"
+CALLED = "Of the engine's parts that you can replace, this run called "
 
 
 def everything() -> dict[str, Any]:
@@ -94,7 +95,7 @@ def test_the_engine_runs_what_passed(solved: Notebook, tiny_engine: LLMEngine, c
         )  # keys and values, layers, heads, head size, float32
     assert mine == greedy != drawn  # our draw takes the likeliest
     assert capsys.readouterr().out == (
-        "yours 2 · course 0\n"
+        f"{CALLED}2: your code ran in 2, the course's in 0.\n"
         "  01.1  course_lib.sampling.draw:draw                     6 calls\n"
         "  01.2  course_lib.config:ModelConfig.kv_bytes_per_token  1 call\n"
     )
@@ -104,7 +105,7 @@ def test_the_engine_runs_what_passed(solved: Notebook, tiny_engine: LLMEngine, c
 def test_before_any_pass_the_course_serves_and_is_counted(notebook: Notebook, tiny_engine, capsys) -> None:
     with my_code():
         drawn = tokens(tiny_engine, temperature=2.0, seed=1)
-    assert capsys.readouterr().out == "yours 0 · course 1\n"
+    assert capsys.readouterr().out == f"{CALLED}1: your code ran in 0, the course's in 1.\n"
     assert drawn == tokens(tiny_engine, temperature=2.0, seed=1)
 
 
@@ -113,7 +114,9 @@ def test_what_is_not_called_is_named(solved: Notebook, capsys) -> None:
         assert course_lib.sampling.sampler.draw is course_lib.sampling.draw.draw
         course_lib.sampling.sampler.draw(torch.eye(2), {}, None)
     assert capsys.readouterr().out == (
-        "yours 1 · course 0\n  01.1  course_lib.sampling.draw:draw  1 call\n  not called: 01.2\n"
+        f"{CALLED}1: your code ran in 1, the course's in 0.\n"
+        "  01.1  course_lib.sampling.draw:draw  1 call\n"
+        "  yours, but not called: 01.2\n"
     )
 
 
@@ -122,7 +125,7 @@ def test_restored_and_told_after_an_exception(solved: Notebook, capsys, error: t
     with pytest.raises(error):
         with my_code():
             raise error
-    assert capsys.readouterr().out == "yours 0 · course 0\n  not called: 01.1, 01.2\n"
+    assert capsys.readouterr().out == f"{CALLED}none.\n  yours, but not called: 01.1, 01.2\n"
     with my_code():
         pass
 
@@ -171,7 +174,7 @@ def test_answers_that_are_gone_or_broken_leave_it_to_the_course(solved: Notebook
     assert second.startswith(
         "01.2: the course's own code serves. 01_2.py does not run by itself (ModuleNotFoundError"
     )
-    assert badge == "yours 0 · course 1"
+    assert badge == f"{CALLED}1: your code ran in 0, the course's in 1."
 
 
 def test_the_stored_answer_serves_not_the_notebook(solved: Notebook, capsys) -> None:
@@ -187,7 +190,23 @@ def test_a_target_of_a_package_that_is_not_there(solved: Notebook, capsys) -> No
     )
     with my_code():
         pass
-    assert capsys.readouterr().out == "yours 0 · course 0\n  not called: 01.1\n"
+    assert capsys.readouterr().out == f"{CALLED}none.\n  yours, but not called: 01.1\n"
+
+
+def test_why_a_kernel_is_not_called_on_a_cpu_is_told(
+    solved: Notebook, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    kernels = ModuleType("kernels.triton.probe")
+    kernels.Config = type("Config", (), {"kv_bytes_per_token": property(lambda config: 1)})
+    monkeypatch.setitem(sys.modules, "kernels.triton", ModuleType("kernels.triton"))
+    monkeypatch.setitem(sys.modules, "kernels.triton.probe", kernels)
+    path = catalogue.lesson("01").exercises
+    path.write_text(path.read_text().replace("course_lib.config:ModelConfig", "kernels.triton.probe:Config"))
+    with my_code():
+        pass
+    assert capsys.readouterr().out.endswith(
+        "\n  yours, but not called: 01.1, 01.2 (a Triton kernel: the engine runs those on a GPU)\n"
+    )
 
 
 def test_of_two_answers_to_one_target_the_later_serves(solved: Notebook, capsys) -> None:
@@ -293,7 +312,7 @@ def test_a_class_is_replaced_and_its_instances_counted(notebook: Notebook, probe
         assert (
             isinstance(Kinds(), Kinds) and Kinds is probe.Kinds
         )  # the course's own: the same class, counted
-    assert capsys.readouterr().out == "yours 0 · course 1\n"
+    assert capsys.readouterr().out == f"{CALLED}1: your code ran in 0, the course's in 1.\n"
     assert "__init__" not in vars(Kinds)
     with patched(replacing("course_lib._probe:Kinds"), Mine := type("Mine", (), {})):
         assert probe.Kinds is Mine
@@ -311,7 +330,7 @@ def test_counting_changes_neither_results_nor_signatures(
         assert inspect.signature(Kinds.method) == signature and Kinds.method.__doc__ == "Of an object."
         with pytest.raises(TypeError):
             Kinds().method()
-    assert capsys.readouterr().out == "yours 0 · course 1\n"
+    assert capsys.readouterr().out == f"{CALLED}1: your code ran in 0, the course's in 1.\n"
 
 
 @pytest.mark.parametrize(
@@ -358,7 +377,9 @@ def test_mine_on_the_command_line(solved: Notebook, monkeypatch: pytest.MonkeyPa
     said = capsys.readouterr()
     assert said.out == "[0, 1]\n"
     assert (
-        said.err == "yours 1 · course 0\n  01.1  course_lib.sampling.draw:draw  1 call\n  not called: 01.2\n"
+        said.err == f"{CALLED}1: your code ran in 1, the course's in 0.\n"
+        "  01.1  course_lib.sampling.draw:draw  1 call\n"
+        "  yours, but not called: 01.2\n"
     )
     assert cli.main(["probe"]) == 3
     assert capsys.readouterr().err == ""
@@ -374,4 +395,4 @@ def test_which_commands_have_mine(command: str, has_it: bool, capsys) -> None:
 def test_the_badge_goes_where_it_is_told(solved: Notebook, capsys) -> None:
     with my_code(file=(file := io.StringIO())):
         pass
-    assert file.getvalue().startswith("yours 0 · course 0\n") and capsys.readouterr().out == ""
+    assert file.getvalue().startswith(f"{CALLED}none.\n") and capsys.readouterr().out == ""

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from course_lib.errors import CourseError
-from course_lib.teaching.answers import store_answer
-from course_lib.teaching.progress import ExerciseProgress, Progress, ProgressStore
+from course_lib.teaching.learner.answers import store_answer
+from course_lib.teaching.learner.progress import ExerciseProgress, Progress, ProgressStore
 
 WRITER = """
 import sys
 from pathlib import Path
-from course_lib.teaching.progress import ProgressStore
+from course_lib.teaching.learner.progress import ProgressStore
 store = ProgressStore(Path(sys.argv[1]))
 print("ready", flush=True)
 for _ in range(int(sys.argv[3])):
@@ -151,6 +151,37 @@ def test_without_a_backup_the_stored_answers_tell(
     )
 
 
+def test_a_deleted_file_is_restored_from_its_backup(
+    store: ProgressStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store.record_attempt("01.1", "passed", "one")
+    store_answer(store.work, "01.2", "")
+    store.record_hint("01.1", 3)
+    for use in (store.read, lambda: store.record_hint("01.1", 3)):
+        store.path.unlink()
+        use()
+        assert store.read().of("01.1").passed and store.read().of("01.2").passed
+        assert capsys.readouterr().out == (
+            "progress.json was gone (to begin anew, delete progress.bak.json with it):"
+            " what you had done was restored from its backup.\n"
+        )
+    store.path.unlink()
+    store.backup.unlink()
+    assert store.read() == Progress() and not store.path.exists() and capsys.readouterr().out == ""
+
+
+def test_a_pass_that_does_not_hold_any_more(store: ProgressStore) -> None:
+    store.record_verdict("01.1", "unavailable")
+    assert (store.read().of("01.1").attempts, store.read().of("01.1").is_unavailable) == (0, True)
+    assert not store.record_attempt("01.1", "passed", "").is_unavailable
+    assert not store.read().of("01.1").has_slipped
+    assert store.record_attempt("01.1", "wrong", "").has_slipped
+    assert not store.record_verdict("01.1", "unavailable").has_slipped
+    assert store.record_verdict("01.1", "not done").has_slipped
+    assert not store.record_attempt("01.1", "passed", "").has_slipped
+    assert not store.record_attempt("01.2", "wrong", "").has_slipped
+
+
 def test_the_file_of_a_newer_course_is_left_alone(store: ProgressStore) -> None:
     store.work.mkdir()
     store.path.write_text(newer := '{"version": 2}')
@@ -185,7 +216,7 @@ def test_a_full_disk_leaves_the_old_file(store: ProgressStore, monkeypatch: pyte
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("course_lib.teaching.progress.write_text", full)
+    monkeypatch.setattr("course_lib.teaching.learner.progress.write_text", full)
     with pytest.raises(CourseError, match="No space left on device"):
         store.record_attempt("01.1", "wrong", "")
     assert store.read().of("01.1").attempts == 1

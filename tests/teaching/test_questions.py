@@ -9,8 +9,8 @@ import IPython.display
 import ipywidgets
 import pytest
 
-from course_lib.teaching import predict, reveal
-from course_lib.teaching.session import current_session
+from course_lib.teaching import catalogue, predict, reveal
+from course_lib.teaching.learner.session import current_session
 from tests.teaching.tiny_lesson import Notebook
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -81,6 +81,14 @@ def test_predicting_without_widgets(shown: list, capsys) -> None:
     predict("01.a", "D")
     assert capsys.readouterr().out == "question 01.a has the choices A, B, C.\n"
     assert choices() == {"01.a": "B"} and shown == []
+
+
+@pytest.mark.parametrize("text", ["Tell me a joke.", "What is it?", "No!", "And so on…"])
+def test_a_choice_that_is_a_sentence_gets_no_second_full_stop(shown: list, capsys, text: str) -> None:
+    path = catalogue.lesson("01").exercises
+    path.write_text(path.read_text().replace("twice", text))
+    predict("01.a", "A")
+    assert capsys.readouterr().out == f"Your prediction is A: {text}\n"
 
 
 @pytest.mark.parametrize(

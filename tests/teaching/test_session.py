@@ -13,8 +13,8 @@ import pytest
 import course_lib.teaching
 from course_lib.errors import CourseError
 from course_lib.teaching import catalogue, check, exercise, hint, solution
-from course_lib.teaching.answers import answer_path, load_answer
-from course_lib.teaching.session import current_session
+from course_lib.teaching.learner.answers import answer_path, load_answer
+from course_lib.teaching.learner.session import current_session
 from tests.teaching.tiny_lesson import Notebook
 
 STUB = "..."
@@ -203,7 +203,7 @@ def test_a_look_that_fails_is_told(notebook: Notebook, said) -> None:
 
 
 def test_a_look_is_guarded_like_a_check(notebook: Notebook, said, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("course_lib.teaching.session.LOOK_SECONDS", 0.2)
+    monkeypatch.setattr("course_lib.teaching.learner.session.LOOK_SECONDS", 0.2)
     notebook.run("import builtins, sys")
     own_sum = sum
     notebook.answer("01.1", f"print('x' * 10_000_000); builtins.sum = None; {RIGHT}")
@@ -214,6 +214,34 @@ def test_a_look_is_guarded_like_a_check(notebook: Notebook, said, monkeypatch: p
     notebook.answer("01.1", f"while {looking}: pass\n    {RIGHT}")
     check("01.1")
     assert said().endswith("\nA look at it inside the engine was stopped after 0.2 seconds.\n")
+
+
+def test_a_look_shows_its_own_lines_and_counts_what_the_answer_prints(notebook: Notebook, said) -> None:
+    notebook.run("def helper(probs):\n    print('x' * 99)\n    return probs.argmax(dim=-1)")
+    notebook.answer("01.1", "print('tried')\n    return helper(probs)")
+    check("01.1")
+    assert said() == (
+        "01.1 · passed\nAll 4 cases are right.\n"
+        "Note: your code printed 424 characters, which a check does not show.\n"
+        "look: [1]\n"
+        "Note: here your code printed 106 characters, which a check does not show.\n"
+    )
+
+
+def test_what_cannot_be_checked_on_this_machine(notebook: Notebook, said) -> None:
+    path = catalogue.lesson("01").exercises
+    needs = 'needs=("no_such_package", "Triton exists for Linux only.")'
+    path.write_text(path.read_text().replace('"The likeliest", ', f'"The likeliest", {needs}, '))
+    notebook.run("import no_such_package\n@exercise('01.1')\ndef pick(probs): return 1")
+    check("01.1")
+    assert said() == "01.1 · cannot be checked here: Triton exists for Linux only.\n"
+    notebook.answer("01.1", WRONG)
+    check("01.1")
+    assert said() == "01.1 · cannot be checked here: Triton exists for Linux only.\n"
+    progress = current_session().store.read().of("01.1")
+    assert progress.is_unavailable and (progress.attempts, progress.failures) == (0, 0)
+    solution("01.1", anyway=True)
+    assert "argmax" in said()
 
 
 def test_builtins_that_a_cell_replaced_are_put_back(notebook: Notebook, said) -> None:

@@ -13,7 +13,7 @@ from course_lib import LLM, AsyncLLM, EngineArgs, LLMEngine, SamplingParams
 from course_lib.core.messages import SchedulerOutput
 from course_lib.core.scheduler import Scheduler
 from course_lib.runner.model_runner import ModelRunner
-from course_lib.teaching.trace import Trace, record
+from course_lib.teaching.recording.trace import Trace, record
 
 PROMPTS = {
     "a": [3, 4, 5, 6, 7, 8, 9, 10, 11], "b": [3, 4, 5, 6, 7, 8, 9, 20], "c": [30, 31, 32], "d": [40] * 14,

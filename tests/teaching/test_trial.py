@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from course_lib.teaching.counting import count_torch_calls
-from course_lib.teaching.trial import TookTooLong, attempt
+from course_lib.teaching.checking.counting import count_torch_calls
+from course_lib.teaching.checking.trial import TookTooLong, attempt
 
 
 class Node:
@@ -154,6 +154,22 @@ def test_output_is_captured_and_bounded(capfd):
     assert outcome.printed == 1501 + 10_000_001 + 10
     assert outcome.output == "a" * 1500 + "\n" + "c" * 499
     assert capfd.readouterr() == ("", "")
+
+
+def test_what_one_module_prints_is_counted_apart():
+    module = {"show": print}
+    exec("def chatty(shown):\n    print('a' * 5_000)\n    show(shown)\n    return len", module)
+
+    def look():
+        print("before")
+        module["chatty"]("through another")
+        print("after")
+    outcome = attempt(look, (), {}, 2.0, apart=module)
+    assert (outcome.output, outcome.printed, outcome.apart) == ("before\nafter\n", 13, 5_001 + 16)
+    assert run(look).apart == 0
+    module |= {"attempt": attempt, "look": look}
+    exec("outcome = attempt(look, (), {}, 2.0, apart=globals())", module)  # as a cell calls `check`
+    assert module["outcome"] == outcome
 
 
 def test_a_closed_or_replaced_stdout_is_put_back():

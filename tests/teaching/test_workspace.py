@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from course_lib.bootstrap.places import REPO_ROOT
-from course_lib.teaching import workspace
-from course_lib.teaching.merging import merge
+from course_lib.teaching.learner import workspace
+from course_lib.teaching.learner.merging import merge
+from course_lib.teaching.learner.workspace import kernel_environment, make_welcome, update, work_folder
 from course_lib.teaching.notebook_files import (
     DamagedNotebookError,
     course_metadata,
@@ -22,7 +23,6 @@ from course_lib.teaching.notebook_files import (
     read_notebook,
     write_notebook,
 )
-from course_lib.teaching.workspace import kernel_environment, make_welcome, update, work_folder
 from tests.teaching.miniatures import SOURCES, make_lesson, notebook, own, write_edition
 
 RAN = {"outputs": [{"output_type": "stream", "name": "stdout", "text": "x"}], "execution_count": 7}

@@ -11,7 +11,7 @@ from course_lib.teaching import catalogue
 
 EXERCISES = """
 import torch
-from course_lib.teaching.exercise_file import Case, Choice, Exercise, Question
+from course_lib.teaching.checking.exercise_file import Case, Choice, Exercise, Question
 
 pick = Exercise(
     "01.1", "The likeliest", target="course_lib.sampling.draw:draw", stars=1, minutes=1, importance="core",

@@ -43,7 +43,8 @@ def python_for(peer: str) -> str:
     recipe = RECIPES[peer]
     folder = cache_root() / "peers" / f"{recipe.packages[0].replace('==', '-')}-py{sys.version_info[1]}"
     stamp = folder / "complete"
-    with exclusive_lock(folder.with_name(folder.name + ".lock"), f"Another set-up of {peer} is at work: waiting.") as lock:
+    waiting = f"Another set-up of {peer} is at work: waiting for it."
+    with exclusive_lock(folder.with_name(folder.name + ".lock"), waiting) as lock:
         if not stamp.exists():
             print(f"Setting up {recipe.packages[0]} in {folder}; this is done once.", file=sys.stderr, flush=True)
             shutil.rmtree(folder, ignore_errors=True)
@@ -59,7 +60,7 @@ def python_for(peer: str) -> str:
 
 def _make(folder: Path) -> None:
     if run([sys.executable, "-m", "venv", str(folder)], env=child_environment()) != 0:
-        raise SetupError(f"The environment in {folder} could not be made, for the reason above; then run this again.")
+        raise SetupError(f"{folder}: no environment could be made, for the reason above; mend that, then run this again.")
 
 
 def _pip(folder: Path, arguments: list[str], doing: str, lock: int) -> None:

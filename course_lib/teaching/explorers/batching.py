@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from course_lib.teaching.style import (
+from course_lib.teaching.explorers.style import (
     LINE,
     MUTED,
     PAPER,
@@ -28,7 +28,7 @@ from course_lib.teaching.style import (
     marks,
     tint,
 )
-from course_lib.teaching.trace_data import Trace
+from course_lib.teaching.recording.trace_data import Trace
 
 # Inches.
 LEFT, RIGHT, TOP, BOTTOM, LANE = 0.75, WIDTH - 0.25, 0.85, 0.85, 0.27
@@ -71,6 +71,13 @@ def seat_use(trace: Trace, answer_lengths: Sequence[int]) -> float:
     return used / (trace.max_num_seqs * len(trace.steps))
 
 
+def _use_of_seats(trace: Trace, answer_lengths: Sequence[int]) -> str:
+    share = f"{100 * seat_use(trace, answer_lengths):.0f} % of seats x steps"
+    if all(one.wanted_end == one.end for one in sittings(trace, answer_lengths)):
+        return f"{share} were taken, none of them for nothing"
+    return f"{share} computed something that was wanted"
+
+
 def draw_seats(trace: Trace, answer_lengths: Sequence[int], num_steps: int | None = None) -> Figure:
     """Seats from top to bottom, steps from left to right; `num_steps`: how many the axis has room for.
 
@@ -82,8 +89,7 @@ def draw_seats(trace: Trace, answer_lengths: Sequence[int], num_steps: int | Non
         figure, page = canvas(height)
         page.text(0.25, 0.38, f"{trace.max_num_seqs} seats, {len(look)} requests, {len(trace.steps)} steps",
                   size=12, weight="bold")  # fmt: skip
-        share = 100 * seat_use(trace, answer_lengths)
-        page.text(0.25, 0.62, f"{share:.0f} % of seats x steps computed something that was wanted")
+        page.text(0.25, 0.62, _use_of_seats(trace, answer_lengths))
         axes = figure.add_axes((LEFT / WIDTH, BOTTOM / height, (RIGHT - LEFT) / WIDTH,
                                 trace.max_num_seqs * LANE / height))  # fmt: skip
         axes.set(

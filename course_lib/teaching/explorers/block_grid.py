@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 
-from course_lib.teaching.style import INK, LINE, MUTED, PAPER, PLAIN, Mark, boxes, legend, tint
-from course_lib.teaching.trace_data import Step, Trace
+from course_lib.teaching.explorers.style import INK, LINE, MUTED, PAPER, PLAIN, Mark, boxes, legend, tint
+from course_lib.teaching.recording.trace_data import Step, Trace
 
 # Inches, on a `canvas`.
 LEFT, RIGHT, TOP, MOST_HEIGHT = 0.25, 5.75, 1.05, 4.7

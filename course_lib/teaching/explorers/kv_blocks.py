@@ -15,11 +15,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from course_lib.teaching.explorers.block_grid import LEFT, TOP, Grid, draw_grid, draw_legend
-from course_lib.teaching.figures import explore
-from course_lib.teaching.style import (
-    MUTED, WIDTH, Mark, boxes, canvas, chip, course_style, marks, plural, shorten,
+from course_lib.teaching.explorers.figures import explore
+from course_lib.teaching.explorers.style import (
+    MUTED,
+    WIDTH,
+    Mark,
+    boxes,
+    canvas,
+    chip,
+    course_style,
+    marks,
+    plural,
+    shorten,
 )  # fmt: skip
-from course_lib.teaching.trace_data import Step, Trace
+from course_lib.teaching.recording.trace_data import Step, Trace
 
 # Inches. The block tables lie between PANEL and RIGHT.
 PANEL, RIGHT, TABLE_HEIGHT, QUEUES_HEIGHT, MOST_TABLES = 6.0, WIDTH - 0.25, 0.52, 0.5, 8

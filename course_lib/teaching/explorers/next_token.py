@@ -12,8 +12,8 @@ import torch
 from matplotlib.figure import Figure
 
 from course_lib.sampling.topk_topp import apply_top_k_top_p
-from course_lib.teaching.figures import explore_controls
-from course_lib.teaching.style import BLUE, LINE, MUTED, WIDTH, course_style
+from course_lib.teaching.explorers.figures import explore_controls
+from course_lib.teaching.explorers.style import BLUE, LINE, MUTED, WIDTH, course_style
 
 NUM_BARS = 18
 

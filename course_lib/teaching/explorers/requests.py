@@ -14,13 +14,26 @@ import itertools
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from course_lib.teaching.explorers.figures import explore
 from course_lib.teaching.explorers.schedule import spans
-from course_lib.teaching.figures import explore
-from course_lib.teaching.style import (
-    INK, LINE, MUTED, PAPER, PREEMPTED, WIDTH, boxes, canvas, course_style, legend, marks, name_lanes, plural,
-    prefill_look, tint,
+from course_lib.teaching.explorers.style import (
+    INK,
+    LINE,
+    MUTED,
+    PAPER,
+    PREEMPTED,
+    WIDTH,
+    boxes,
+    canvas,
+    course_style,
+    legend,
+    marks,
+    name_lanes,
+    plural,
+    prefill_look,
+    tint,
 )  # fmt: skip
-from course_lib.teaching.trace_data import Trace
+from course_lib.teaching.recording.trace_data import Trace
 
 # Inches. Right of the bars are two columns of numbers, which end at TTFT and TOTAL.
 LEFT, RIGHT, TTFT, TOTAL, TOP, BOTTOM = 1.5, 7.3, 8.05, WIDTH - 0.25, 1.1, 0.95

@@ -17,12 +17,27 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from course_lib.teaching.figures import explore
-from course_lib.teaching.style import (
-    INK, LINE, MUTED, PAPER, PLAIN, PREEMPTED, WIDTH, Mark, boxes, canvas, course_style, legend, marks,
-    name_lanes, plural, prefill_look, tint,
+from course_lib.teaching.explorers.figures import explore
+from course_lib.teaching.explorers.style import (
+    INK,
+    LINE,
+    MUTED,
+    PAPER,
+    PLAIN,
+    PREEMPTED,
+    WIDTH,
+    Mark,
+    boxes,
+    canvas,
+    course_style,
+    legend,
+    marks,
+    name_lanes,
+    plural,
+    prefill_look,
+    tint,
 )  # fmt: skip
-from course_lib.teaching.trace_data import Step, Trace
+from course_lib.teaching.recording.trace_data import Step, Trace
 
 # Inches.
 LEFT, RIGHT, TOP, BOTTOM = 1.5, WIDTH - 0.25, 0.85, 0.95

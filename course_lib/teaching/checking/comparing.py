@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from course_lib.teaching.describing import describe, kind_of
+from course_lib.teaching.checking.describing import describe, error_name, kind_of
 
 RTOL, ATOL = 1e-4, 1e-5
 
@@ -34,7 +34,7 @@ def difference(got: Any, expected: Any) -> Difference | None:
         return _difference(got, expected, "The result")
     except Exception as error:  # a result with methods of its own, which fail
         return Difference(False, f"The result could not be compared: it is {kind_of(got)}, whose comparison "
-                                 f"raised {type(error).__name__}.")
+                                 f"raised {error_name(error)}.")
 
 
 def _difference(got: Any, expected: Any, name: str) -> Difference | None:
@@ -77,7 +77,16 @@ def _close(got: float, expected: float) -> bool:
 
 
 def _wrong_value(got: Any, expected: Any, name: str) -> Difference:
-    return Difference(False, f"{name} is {describe(got)}, it should be {describe(expected)}.")
+    ours, theirs = describe(got), describe(expected)
+    if ours == theirs and isinstance(got, set | frozenset):  # they differ in what is not shown
+        return Difference(False, f"{name} lacks {describe(expected - got)}, and should not have "
+                                 f"{describe(got - expected)}.")
+    if ours == theirs and isinstance(got, str | bytes):
+        at = next((i for i, pair in enumerate(zip(got, expected, strict=False)) if len(set(pair)) > 1),
+                  min(len(got), len(expected)))
+        name = f"{name}, from its character {at} on,"
+        ours, theirs = (describe(text[at:at + 40]) for text in (got, expected))
+    return Difference(False, f"{name} is {ours}, it should be {theirs}.")
 
 
 def _wrong_type(got: Any, expected: Any, name: str) -> Difference:
@@ -120,13 +129,14 @@ def _remedy(got: Any, expected: Any) -> str:
 def _sequence_difference(got: Any, expected: Any, name: str) -> Difference | None:
     if not isinstance(got, list | tuple):
         return _wrong_type(got, expected, name)
-    if len(got) != len(expected):
-        return Difference(False, f"{name} has {_elements(len(got))}, it should have {len(expected):,}.")
     path = "result" if name == "The result" else name.strip("`")
-    for i, (one, other) in enumerate(zip(got, expected, strict=True)):
-        if found := _difference(one, other, f"`{path}[{i}]`"):
-            return found
-    return None
+    pairs = enumerate(zip(got, expected, strict=len(got) == len(expected)))
+    found = (_difference(one, other, f"`{path}[{i}]`") for i, (one, other) in pairs)
+    first = next(filter(None, found), None)
+    if len(got) == len(expected):
+        return first
+    sizes = f"{name} has {_elements(len(got))}, it should have {len(expected):,}."
+    return Difference(False, sizes if first is None else f"{sizes} {first.sentence}")
 
 
 def _dict_difference(got: Any, expected: dict, name: str) -> Difference | None:

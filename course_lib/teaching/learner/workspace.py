@@ -12,7 +12,7 @@ from pathlib import Path
 
 from course_lib.bootstrap.places import REPO_ROOT, child_environment
 from course_lib.teaching.catalogue import Lesson
-from course_lib.teaching.merging import fill_answers, merge
+from course_lib.teaching.learner.merging import fill_answers, merge
 from course_lib.teaching.notebook_files import (
     DamagedNotebookError,
     Notebook,

@@ -2,7 +2,8 @@
 
 Owns that file. Invariants: it is replaced in one step, by one process at a time, so it is whole whenever it
 is read; `progress.bak.json` is the version before. A file that is damaged all the same is set aside, never
-overwritten, and what it held is restored from the backup and from the stored answers.
+overwritten, and what it held is restored from the backup and from the stored answers. So is one that is gone
+while its backup is there: who wants to begin anew deletes both.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from course_lib.errors import CourseError
-from course_lib.teaching.answers import stored_answers
+from course_lib.teaching.learner.answers import stored_answers
 from course_lib.teaching.notebook_files import write_text
 
 VERSION = 1
@@ -33,7 +34,7 @@ class ExerciseProgress:
     failures: int = 0
     hints: int = 0
     solution_seen: bool = False
-    last_verdict: str = ""  # the kind of verdict: "passed", "wrong", …
+    last_verdict: str = ""  # the kind of verdict: "passed", "wrong", "unavailable", …
     last_source: str = ""  # the exercise cell as it was checked last
     passed_at: str = ""  # ISO 8601, UTC; "" while not passed
 
@@ -41,6 +42,16 @@ class ExerciseProgress:
     def is_unlocked(self) -> bool:
         """Whether the solution is open."""
         return self.passed or self.failures >= FAILURES_TO_UNLOCK
+
+    @property
+    def has_slipped(self) -> bool:
+        """Whether it passed once, and failed when it was checked last."""
+        return self.passed and self.last_verdict not in ("passed", "unavailable")
+
+    @property
+    def is_unavailable(self) -> bool:
+        """Whether it is open because it cannot be checked on this machine."""
+        return not self.passed and self.last_verdict == "unavailable"
 
 
 @dataclass
@@ -67,12 +78,12 @@ class ProgressStore:
         self.backup = work / "progress.bak.json"
 
     def read(self) -> Progress:
-        """What is recorded. A damaged file is mended first, and a sentence printed about it."""
+        """What is recorded. A damaged or lost file is restored first, and a sentence printed about it."""
         try:
             return _parse(self.path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return Progress()
-        except ValueError:
+        except (FileNotFoundError, ValueError) as error:
+            if isinstance(error, FileNotFoundError) and not self.backup.exists():
+                return Progress()  # nothing was done yet, and nothing is made
             with self._locked():
                 return self._load()
         except OSError as error:
@@ -96,6 +107,10 @@ class ProgressStore:
             )
 
         return self._change(exercise_id, change)
+
+    def record_verdict(self, exercise_id: str, verdict: str) -> ExerciseProgress:
+        """Remember the kind of the last verdict, where it is not of an attempt that counts."""
+        return self._change(exercise_id, lambda old: replace(old, last_verdict=verdict))
 
     def record_hint(self, exercise_id: str, most: int) -> ExerciseProgress:
         """Count one more hint as given, of `most` that there are."""
@@ -143,7 +158,7 @@ class ProgressStore:
         try:
             return _parse(self.path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            return Progress()
+            return self._restore_lost() if self.backup.exists() else Progress()
         except ValueError:
             return self._mend()
 
@@ -153,6 +168,19 @@ class ProgressStore:
         write_text(self.path, _as_text(progress))
 
     def _mend(self) -> Progress:
+        number = 1
+        while (aside := self.work / f"progress.damaged-{number}.json").exists():
+            number += 1
+        # a copy: whatever happens now, no moment is without a progress.json
+        shutil.copyfile(self.path, aside)
+        return self._restore(f"{self.path.name} was damaged: it is now {aside.name}, and")
+
+    def _restore_lost(self) -> Progress:
+        remedy = f"to begin anew, delete {self.backup.name} with it"
+        return self._restore(f"{self.path.name} was gone ({remedy}):")
+
+    def _restore(self, event: str) -> Progress:
+        """Write what the backup and the stored answers tell."""
         try:
             progress, source = _parse(self.backup.read_text(encoding="utf-8")), "its backup"
         except (OSError, ValueError):
@@ -163,19 +191,13 @@ class ProgressStore:
                 progress.exercises[exercise_id] = replace(
                     known, passed=True, attempts=known.attempts + 1, last_verdict="passed", passed_at=_now()
                 )
-        number = 1
-        while (aside := self.work / f"progress.damaged-{number}.json").exists():
-            number += 1
-        shutil.copyfile(
-            self.path, aside
-        )  # a copy: whatever happens now, no moment is without a progress.json
         write_text(self.path, _as_text(progress))
         restored = (
             f"what you had done was restored from {source}"
             if progress != Progress()
             else "nothing could be restored"
         )
-        print(f"{self.path.name} was damaged: it is now {aside.name}, and {restored}.")
+        print(f"{event} {restored}.")
         return progress
 
 

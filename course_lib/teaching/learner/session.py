@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from course_lib.errors import CourseError
 from course_lib.teaching import catalogue
-from course_lib.teaching.answers import answer_path, capture, cells_run, run_answer, store_answer
-from course_lib.teaching.describing import describe_error
-from course_lib.teaching.exercise_file import Exercise, ExerciseFile, load_exercises
-from course_lib.teaching.home import write_home
-from course_lib.teaching.judging import Verdict, judge
-from course_lib.teaching.lesson_source import is_stub, solution_of, stub_of
-from course_lib.teaching.progress import FAILURES_TO_UNLOCK, ExerciseProgress, ProgressStore
-from course_lib.teaching.trial import TookTooLong, attempt, put_back_builtins
-from course_lib.teaching.workspace import work_folder
+from course_lib.teaching.checking.describing import describe_error
+from course_lib.teaching.checking.exercise_file import Exercise, ExerciseFile, load_exercises
+from course_lib.teaching.checking.judging import Verdict, judge
+from course_lib.teaching.checking.trial import TookTooLong, attempt, put_back_builtins
+from course_lib.teaching.learner.answers import answer_path, capture, cells_run, run_answer, store_answer
+from course_lib.teaching.learner.home import write_home
+from course_lib.teaching.learner.progress import FAILURES_TO_UNLOCK, ExerciseProgress, ProgressStore
+from course_lib.teaching.learner.workspace import work_folder
+from course_lib.teaching.lessons.lesson_source import is_stub, solution_of, stub_of
 
 if TYPE_CHECKING:
     from course_lib import LLM
@@ -122,6 +122,10 @@ def check(exercise_id: str) -> None:
     _put_back_builtins()
     lesson, known = find_exercise(exercise_id)
     session = current_session()
+    if known.obstacle:
+        print(Verdict("unavailable", exercise_id, known.obstacle).text())
+        _record(session, lambda store: store.record_verdict(exercise_id, "unavailable"))
+        return
     registered = session.registered.get(exercise_id)
     last_run = _last_run(exercise_id)
     if registered is None:
@@ -142,10 +146,12 @@ def check(exercise_id: str) -> None:
         print("The exercise's cell raised an error when it last ran: this is about the version before.")
     if verdict.kind == "not done":
         return
-    progress = _record(session, verdict, registered)
+    progress = _record(
+        session, lambda store: store.record_attempt(exercise_id, verdict.kind, registered.cell)
+    )
     if verdict.passed:
         _keep(session, known, registered)
-        _look(known, registered.answer)
+        _look(known, registered)
     elif progress.is_unlocked:
         print(f'solution("{exercise_id}") is open now.')
     else:
@@ -179,7 +185,12 @@ def solution(exercise_id: str, anyway: bool = False) -> None:
 
 
 def course_llm(**engine_kwargs: Any) -> LLM:
-    """The course model in an engine with these arguments (those of `LLM`); made once per kernel."""
+    """The course model in an engine with these arguments (those of `LLM`); made once per kernel.
+
+    On the CPU unless told otherwise, also where there is a GPU: exercises work with CPU tensors, and what a
+    lesson says of costs is measured there.
+    """
+    engine_kwargs = {"device": "cpu", **engine_kwargs}
     llms, key = current_session().llms, repr(sorted(engine_kwargs.items()))
     if key not in llms:
         from course_lib import LLM
@@ -199,9 +210,9 @@ def _last_run(exercise_id: str) -> str | None:
     return next((cell for cell in reversed(cells) if f'exercise("{exercise_id}"' in cell), None)
 
 
-def _record(session: Session, verdict: Verdict, registered: Registered) -> ExerciseProgress:
+def _record(session: Session, change: Callable[[ProgressStore], ExerciseProgress]) -> ExerciseProgress:
     try:
-        progress = session.store.record_attempt(verdict.exercise_id, verdict.kind, registered.cell)
+        progress = change(session.store)
         write_home(session.store.work, session.store)
         return progress
     except (CourseError, OSError) as error:
@@ -223,17 +234,20 @@ def _keep(session: Session, known: Exercise, registered: Registered) -> None:
         print(f"It cannot serve in the engine yet: {error}")
 
 
-def _look(known: Exercise, answer: Any) -> None:
+def _look(known: Exercise, registered: Registered) -> None:
     look = known.look_function
     if look is None:
         return
     try:
         engine = [course_llm()] if len(inspect.signature(look).parameters) == 2 else []
     except Exception as error:
-        print(f"There is no look at it inside the engine ({type(error).__name__}: {error}).")
+        print(f"There is no look at it inside the engine ({describe_error(error)}).")
         return
-    outcome = attempt(functools.partial(look, answer, *engine), (), {}, LOOK_SECONDS)
+    looking = functools.partial(look, registered.answer, *engine)
+    outcome = attempt(looking, (), {}, LOOK_SECONDS, apart=registered.namespace)
     print(outcome.output + "…\n" * (outcome.printed > len(outcome.output)), end="")
+    if outcome.apart:
+        print(f"Note: here your code printed {outcome.apart:,} characters, which a check does not show.")
     if isinstance(outcome.error, TookTooLong):
         print(f"A look at it inside the engine was stopped after {LOOK_SECONDS} seconds.")
     elif outcome.error:

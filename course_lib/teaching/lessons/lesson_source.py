@@ -18,7 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from course_lib.bootstrap.places import REPO_ROOT
 from course_lib.errors import CourseError
-from course_lib.teaching.percent import FormatError, PercentCell, parse_code, split_cells, split_editions
+from course_lib.teaching.lessons.percent import (
+    FormatError,
+    PercentCell,
+    parse_code,
+    split_cells,
+    split_editions,
+)
 
 if TYPE_CHECKING:
     from course_lib.teaching.catalogue import Lesson

@@ -42,7 +42,8 @@ class Outcome:
 
     `error` is the exception that ended it, or None. `printed` counts the characters that it wrote to stdout,
     of which `output` holds the first 2,000; stderr is dropped, because warnings and progress bars differ from
-    run to run. `changed` are the positions and keywords of the arguments that it altered, `replaced` the
+    run to run. `apart` counts what code of the module named to `attempt` wrote; it is in neither of the two.
+    `changed` are the positions and keywords of the arguments that it altered, `replaced` the
     builtins of Python that it replaced or deleted.
     """
 
@@ -50,22 +51,26 @@ class Outcome:
     error: BaseException | None
     printed: int
     output: str
+    apart: int
     changed: tuple[int | str, ...]
     replaced: tuple[str, ...]
 
 
-def attempt(function: Callable[..., Any], args: tuple, kwargs: dict[str, Any], seconds: float) -> Outcome:
+def attempt(function: Callable[..., Any], args: tuple, kwargs: dict[str, Any], seconds: float,
+            apart: dict[str, Any] | None = None) -> Outcome:
     """Call `function` on deep copies of the arguments, for at most `seconds`; without a limit outside the
     main thread, where no signal arrives. Random numbers start from seed 0, so outcomes repeat.
+
+    `apart` are the globals of a module: what its code prints, or what that calls, is only counted.
     """
     own_args, own_kwargs = copy.deepcopy((args, kwargs))
-    written = _Written()
+    written = _Written(apart)
     with contextlib.redirect_stdout(written), contextlib.redirect_stderr(_Written()), isolated():
         value, error, replaced = _call(function, own_args, own_kwargs, seconds)
     changed = [i for i, (before, after) in enumerate(zip(args, own_args, strict=True))
                if not _unchanged(before, after)]
     changed += [name for name in kwargs if not _unchanged(kwargs[name], own_kwargs[name])]
-    return Outcome(value, error, written.count, written.text, tuple(changed), tuple(replaced))
+    return Outcome(value, error, written.count, written.text, written.apart, tuple(changed), tuple(replaced))
 
 
 def put_back_builtins() -> list[str]:
@@ -154,13 +159,20 @@ def _call(function: Callable[..., Any], args: tuple, kwargs: dict[str, Any],
 
 
 class _Written(io.TextIOBase):
-    """A stream that keeps the beginning and counts the rest."""
+    """A stream that keeps the beginning and counts the rest; of one module's code it only counts."""
 
-    def __init__(self) -> None:
-        self.text, self.count = "", 0
+    def __init__(self, module: dict[str, Any] | None = None) -> None:
+        self.text, self.count, self.apart, self.module = "", 0, 0, module
 
     def write(self, text: str) -> int:
         size = text.__len__()  # the code that prints may have replaced `len`
+        frame = None if self.module is None else sys._getframe(1)
+        # up to the guarded call: what called that may be a cell of the module, too
+        while frame is not None and frame.f_code is not _call.__code__:
+            if frame.f_globals is self.module:
+                self.apart += size
+                return size
+            frame = frame.f_back
         self.count += size
         if self.text.__len__() < KEPT_CHARACTERS:
             self.text = (self.text + text[:KEPT_CHARACTERS])[:KEPT_CHARACTERS]

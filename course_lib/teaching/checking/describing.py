@@ -48,13 +48,25 @@ def kind_of(value: Any) -> str:
 
 
 def describe_error(error: BaseException) -> str:
-    """Type and first line of the message."""
+    """Type and first line of the message; of a private type the message alone."""
     try:
         message = str(error).strip()
     except Exception:
         message = ""
     message = re.sub(r" at 0x[0-9a-fA-F]+", "", message.partition("\n")[0])[:200]
-    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+    if message and type(error).__name__.startswith("_"):
+        return message
+    return f"{error_name(error)}: {message}" if message else error_name(error)
+
+
+def error_name(error: BaseException) -> str:
+    """The name of its type, or of the nearest base with a name that says something: without underscore."""
+    return next(kind.__name__ for kind in type(error).__mro__ if not kind.__name__.startswith("_"))
+
+
+def is_cut(text: str) -> bool:
+    """Whether a text of `describe` leaves something of the value out."""
+    return "…" in text
 
 
 def _cut(text: str, limit: int) -> str:

@@ -10,6 +10,7 @@ answer names a diagnostic of its exercise, and a budget comes with a wasteful an
 from __future__ import annotations
 
 import functools
+import importlib.util
 import inspect
 import random
 import re
@@ -20,18 +21,28 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from course_lib.teaching.exercise_parts import Answer, Budget, Case, Choice, Diagnostic, Failure, Question
+from course_lib.teaching.checking.exercise_parts import (
+    Answer,
+    Budget,
+    Case,
+    Choice,
+    Diagnostic,
+    Failure,
+    Question,
+)
 
 __all__ = ["Case", "Choice", "Exercise", "ExerciseFile", "Failure", "Question", "load_exercises"]
 
 SEEDS = (0, 1)  # the cases are made once with each
 IMPORTANCE = ("core", "useful", "extra")
+UNAVAILABLE = "cannot be checked here"  # what a check says where the exercise has an obstacle
 
 
 @dataclass(eq=False)
 class Exercise:
     """One exercise. Ids look like "01.2"; `target` is the engine's "module:name" that an answer can replace,
-    or None; `stars` 1 to 4; `hints` lead in three steps from a nudge to nearly the code.
+    or None; `stars` 1 to 4; `hints` lead in three steps from a nudge to nearly the code. `needs` is a package
+    that not every machine has and what to say there: ("triton", "Triton exists for Linux only: read …").
 
     The methods of the first group are decorators for exercise files and return what they are given. What
     they collect is in the attributes; a `…_function` is None when the file has none.
@@ -45,6 +56,7 @@ class Exercise:
     importance: str
     hints: tuple[str, str, str]
     spec: str = ""
+    needs: tuple[str, str] | None = None
     diagnostics: dict[str, Diagnostic] = field(default_factory=dict, init=False)
     wrong_answers: list[tuple[str, Answer]] = field(default_factory=list, init=False)  # (diagnostic, answer)
     accepted_answers: list[Answer] = field(default_factory=list, init=False)
@@ -66,6 +78,8 @@ class Exercise:
             "minutes should be at least 1": self.minutes >= 1,
             f"importance should be one of {', '.join(IMPORTANCE)}": self.importance in IMPORTANCE,
             "hints should be three texts": len(self.hints) == 3 and all(self.hints),
+            "needs should be the name of a package and a sentence, or None":
+                self.needs is None or len(self.needs) == 2 and self.needs[0].isidentifier(),
         })
 
     # Decorators for exercise files
@@ -127,6 +141,12 @@ class Exercise:
         return answer
 
     # For those who use the exercise
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why answers cannot be judged on this machine, in a sentence; None where they can."""
+        missing = self.needs is not None and importlib.util.find_spec(self.needs[0]) is None
+        return self.needs[1] if missing else None
 
     def make_cases(self) -> list[Case]:
         """The cases of both seeds; the same ones every time."""

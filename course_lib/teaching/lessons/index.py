@@ -13,7 +13,7 @@ from pathlib import Path
 from course_lib.bootstrap.places import REPO_ROOT
 from course_lib.errors import CourseError
 from course_lib.teaching.catalogue import STAGES, Lesson, lessons
-from course_lib.teaching.lesson_source import read_lesson
+from course_lib.teaching.lessons.lesson_source import read_lesson
 from course_lib.teaching.notebook_files import write_text
 
 BEGIN, END = "<!-- lessons:begin -->", "<!-- lessons:end -->"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from course_lib.teaching import catalogue
-from course_lib.teaching.lesson_source import LessonSource
+from course_lib.teaching.lessons.lesson_source import LessonSource
 
 if TYPE_CHECKING:
     from course_lib.teaching.catalogue import Lesson

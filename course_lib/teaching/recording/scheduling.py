@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from course_lib.core.messages import ModelRunnerOutput
 from course_lib.sampling_params import SamplingParams
-from course_lib.teaching.trace import record, step_by_step
+from course_lib.teaching.recording.trace import record, step_by_step
 
 if TYPE_CHECKING:
     from course_lib import LLM
     from course_lib.core.messages import SchedulerOutput
     from course_lib.engine.core import EngineCore
-    from course_lib.teaching.trace_data import Trace
+    from course_lib.teaching.recording.trace_data import Trace
 
 FIRST_STAND_IN = 1000  # token ids of a run without the model: ordinary words in the usual vocabularies
 

@@ -11,8 +11,8 @@ from string import ascii_uppercase
 from typing import Any
 
 from course_lib.errors import CourseError
-from course_lib.teaching.exercise_file import Choice, Question
-from course_lib.teaching.session import current_session, find_file, told
+from course_lib.teaching.checking.exercise_file import Choice, Question
+from course_lib.teaching.learner.session import current_session, find_file, told
 
 
 @told
@@ -61,7 +61,8 @@ def _record(question: Question, letter: str) -> str:
     if letter not in choices:
         raise CourseError(f"question {question.id} has the choices {', '.join(choices)}.")
     current_session().store.record_choice(question.id, letter)
-    return f"Your prediction is {letter}: {choices[letter].text}."
+    text = choices[letter].text
+    return f"Your prediction is {letter}: {text}" + ("" if text.endswith((".", "?", "!", "…")) else ".")
 
 
 def _bundle(question: Question, predicted: str | None) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """A pytest plugin: what nbval found in each cell of a notebook, as a line of JSON in a file.
 
-`grading` loads it into pytest and names, in environment variables, the file (COURSE_CELL_REPORTS) and a
+`nbval_run` loads it into pytest and names, in environment variables, the file (COURSE_CELL_REPORTS) and a
 descriptor of the terminal on which to show the progress (COURSE_CELL_PROGRESS, may be empty). Invariant: a
 cell is reported as passed only if it ran to its end, its compared output was the expected one, and nothing
 was excused: nbval marks every cell after a time-out as an expected failure; xfail and xpass are no passes.
@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Generator
 from typing import Any
 
 import pytest
 
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 MOST_TEXT = 4000  # characters of a cell's output that are worth telling
 # what nbval says of a cell that did not end -> what the learner reads
 IN_PLAIN_WORDS = {
@@ -45,6 +47,7 @@ def pytest_runtest_makereport(item: Any, call: Any) -> Generator[None, Any, Any]
             "passed": report.passed and not hasattr(report, "wasxfail"),
             "printed": _printed(item),
             "problem": "" if call.excinfo is None else _problem(item, call.excinfo.value),
+            "details": _COLOUR.sub("", report.longreprtext)[-MOST_TEXT:],
         }
         with open(os.environ["COURSE_CELL_REPORTS"], "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -63,5 +66,6 @@ def _problem(item: Any, error: BaseException) -> str:
             return plain.format(limit=item.config.option.nbval_cell_timeout)
     for output in item.test_outputs or []:
         if output["output_type"] == "error":
-            return f"{output['ename']}: {output['evalue']}"[:MOST_TEXT]
+            name = "" if output["ename"].startswith("_") else f"{output['ename']}: "
+            return f"{name}{output['evalue']}"[:MOST_TEXT]
     return str(error)[:MOST_TEXT]

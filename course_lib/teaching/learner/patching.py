@@ -17,10 +17,12 @@ from types import FunctionType, ModuleType
 from typing import Any, TextIO
 
 from course_lib.errors import CourseError
-from course_lib.teaching.answers import answer_path, load_answer
 from course_lib.teaching.catalogue import lessons
-from course_lib.teaching.exercise_file import Exercise, load_exercises
-from course_lib.teaching.session import Session, current_session
+from course_lib.teaching.checking.exercise_file import Exercise, load_exercises
+from course_lib.teaching.learner.answers import answer_path, load_answer
+from course_lib.teaching.learner.session import Session, current_session
+
+KERNELS = "kernels.triton."  # where the targets are that only an engine on a GPU calls
 
 
 @dataclass(frozen=True)
@@ -171,18 +173,26 @@ def _put_counted(patches: Patches, place: Place, function: Any) -> Iterator[int]
 
 
 def _badge(served: list[Served]) -> str:
-    """`yours 2 · course 5`: how many targets each side answered for; below, yours."""
+    """How many of the targets were called, and whose code stood in them; below, yours one by one."""
     called = [(one, count) for one in served if (count := next(one.calls))]
     yours = sorted((one.exercise_id, one.target, count) for one, count in called if one.is_yours)
-    idle = sorted({one.exercise_id for one in served if one.is_yours} - {name for name, _, _ in yours})
+    names = {name for name, _, _ in yours}
+    idle = sorted(f"{one.exercise_id}{_when_called(one)}" for one in served
+                  if one.is_yours and one.exercise_id not in names)
     width = max((len(target) for _, target, _ in yours), default=0)
-    lines = [f"yours {len(yours)} · course {len(called) - len(yours)}"]
+    shares = f"{len(called)}: your code ran in {len(yours)}, the course's in {len(called) - len(yours)}"
+    lines = [f"Of the engine's parts that you can replace, this run called {shares if called else 'none'}."]
     lines += [
         f"  {name}  {target:<{width}}  {count:,} call{'s' * (count > 1)}" for name, target, count in yours
     ]
     if idle:
-        lines.append(f"  not called: {', '.join(idle)}")
+        lines.append(f"  yours, but not called: {', '.join(idle)}")
     return "\n".join(lines)
+
+
+def _when_called(one: Served) -> str:
+    """What tells why a run on a CPU does not call it, where that is the reason."""
+    return " (a Triton kernel: the engine runs those on a GPU)" if one.target.startswith(KERNELS) else ""
 
 
 def _adapted(exercise: Exercise, place: Place, answer: Any) -> Any:

@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
-from course_lib.teaching.style import LINE
+from course_lib.teaching.explorers.style import LINE
 
 MAX_BYTES = 40 * 1024
 

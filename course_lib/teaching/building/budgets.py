@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from course_lib.bootstrap.places import REPO_ROOT
-from course_lib.teaching import catalogue
-from course_lib.teaching.builder import EDITIONS, notebook_path
-from course_lib.teaching.exercise_file import Exercise, ExerciseFile, load_exercises
-from course_lib.teaching.gates import gate, stored_notebook
-from course_lib.teaching.lesson_source import LessonError, LessonSource, read_lesson
+from course_lib.teaching.building.builder import EDITIONS, notebook_path
+from course_lib.teaching.building.gates import gate, stored_notebook
+from course_lib.teaching.checking.exercise_file import ExerciseFile, load_exercises
+from course_lib.teaching.lessons.lesson_source import LessonError, LessonSource, read_lesson
 
 if TYPE_CHECKING:
     from course_lib.teaching.catalogue import Lesson

@@ -12,8 +12,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from course_lib.teaching.catalogue import STAGES, Lesson, lessons
+from course_lib.teaching.checking.exercise_file import UNAVAILABLE
+from course_lib.teaching.learner.progress import Progress, ProgressStore
 from course_lib.teaching.notebook_files import DamagedNotebookError, exercise_ids, read_notebook, write_text
-from course_lib.teaching.progress import Progress, ProgressStore
 
 HOME = "HOME.md"
 
@@ -25,17 +26,22 @@ class Standing:
     lesson: Lesson
     exercises: tuple[str, ...]
     passed: tuple[str, ...]
+    slipped: tuple[str, ...]  # of those passed: failed when checked last
+    unavailable: tuple[str, ...]  # cannot be checked on this machine
 
     @property
     def next_exercise(self) -> str | None:
-        return next((exercise for exercise in self.exercises if exercise not in self.passed), None)
+        done = {*self.passed, *self.unavailable}
+        return next((exercise for exercise in self.exercises if exercise not in done), None)
 
     @property
     def done(self) -> str:
         if not self.lesson.is_written:
             return "not written yet"
         mark = "✓ " if self.exercises and not self.next_exercise else ""
-        return f"{mark}{len(self.passed)} of {len(self.exercises)} exercises"
+        remarks = {"passed earlier, failed when checked last": self.slipped, UNAVAILABLE: self.unavailable}
+        told = [f"; {remark}: {', '.join(names)}" for remark, names in remarks.items() if names]
+        return f"{mark}{len(self.passed)} of {len(self.exercises)} exercises{''.join(told)}"
 
 
 def standings(progress: Progress, of: Iterable[Lesson]) -> list[Standing]:
@@ -43,8 +49,11 @@ def standings(progress: Progress, of: Iterable[Lesson]) -> list[Standing]:
     result = []
     for lesson in of:
         exercises = exercises_of(lesson)
-        passed = tuple(name for name in exercises if progress.of(name).passed)
-        result.append(Standing(lesson, exercises, passed))
+        known = {name: progress.of(name) for name in exercises}
+        passed = tuple(name for name, one in known.items() if one.passed)
+        slipped = tuple(name for name, one in known.items() if one.has_slipped)
+        unavailable = tuple(name for name, one in known.items() if one.is_unavailable)
+        result.append(Standing(lesson, exercises, passed, slipped, unavailable))
     return result
 
 

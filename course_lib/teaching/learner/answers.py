@@ -60,8 +60,11 @@ def run_answer(text: str, path: Path) -> Any:
         exec(_compiled(text, str(path)), module.__dict__)
         return module.__dict__[_NAMED_BY]
     except Exception as error:
+        # not at the top: what a terminal asks of this module works without torch
+        from course_lib.teaching.checking.describing import describe_error
+
         raise CourseError(
-            f"{path.name} does not run by itself ({type(error).__name__}: {error}): check its exercise again."
+            f"{path.name} does not run by itself ({describe_error(error)}): check its exercise again."
         ) from error
 
 

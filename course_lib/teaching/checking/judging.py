@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import copy
 import functools
-import linecache
 import time
-import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from course_lib.teaching.answer_code import does_nothing, functions_of, hidden_builtins
-from course_lib.teaching.comparing import difference
-from course_lib.teaching.describing import describe, describe_error
-from course_lib.teaching.exercise_file import Exercise
-from course_lib.teaching.exercise_parts import Answer, Diagnostic, Failure
-from course_lib.teaching.trial import Outcome, TookTooLong, attempt, isolated
+from course_lib.teaching.checking.answer_code import does_nothing, hidden_builtins
+from course_lib.teaching.checking.comparing import difference
+from course_lib.teaching.checking.describing import describe, describe_error, is_cut
+from course_lib.teaching.checking.exercise_file import UNAVAILABLE, Exercise
+from course_lib.teaching.checking.exercise_parts import Answer, Diagnostic, Failure
+from course_lib.teaching.checking.tracing_back import learners_own, where
+from course_lib.teaching.checking.trial import Outcome, TookTooLong, attempt, isolated
 
 SECONDS = 3.0  # for all calls of an answer during one check
 RESULT_WIDTH = 320  # characters shown of a result
@@ -34,6 +33,7 @@ HEADLINES = {
     "wrong": "not right yet",
     "too much work": "right, but does too much work",
     "passed": "passed",
+    "unavailable": UNAVAILABLE,
 }
 
 
@@ -57,11 +57,14 @@ class Verdict:
     def text(self) -> str:
         """What `check` prints."""
         parts = [self.message, self.example, *(f"Note: {note}" for note in self.notes)]
-        return "\n".join([f"{self.exercise_id} · {HEADLINES[self.kind]}", *filter(None, parts)])
+        separator = ": " if self.kind == "unavailable" else "\n"
+        return separator.join([f"{self.exercise_id} · {HEADLINES[self.kind]}", *filter(None, parts)])
 
 
 def judge(exercise: Exercise, answer: Answer) -> Verdict:
     """The verdict on a learner's function or class. Stops at the first case that fails."""
+    if exercise.obstacle:
+        return Verdict("unavailable", exercise.id, exercise.obstacle)
     if does_nothing(answer):
         return Verdict("not done", exercise.id,
                        "Write the missing part in the exercise's cell, run that cell, then run this one "
@@ -171,7 +174,7 @@ def _told(trials: _Trials, i: int, failure: Failure) -> Verdict:
         kind, message = _about_result(failure, exercise)
         if failure.changed:
             notes += ("your " + _about_changes(failure),)
-    return Verdict(kind, exercise.id, message, name, notes, _example(exercise, failure))
+    return Verdict(kind, exercise.id, message, name, notes, _example(exercise, failure, message))
 
 
 def _applies(diagnostic: Diagnostic, trials: _Trials, i: int, failure: Failure) -> bool:
@@ -186,7 +189,8 @@ def _applies(diagnostic: Diagnostic, trials: _Trials, i: int, failure: Failure) 
     return all(trials.equal(diagnostic.function, j) for j in order)
 
 
-def _example(exercise: Exercise, failure: Failure) -> str:
+def _example(exercise: Exercise, failure: Failure, told: str) -> str:
+    """The failing case; where the results are shown in part, also where they differ unless `told` says so."""
     case = failure.case
     names = exercise.argument_names(case)
     lines = [f"Case: {case.label}"]
@@ -195,6 +199,10 @@ def _example(exercise: Exercise, failure: Failure) -> str:
     lines.append(f"Expected: {describe(failure.expected, RESULT_WIDTH)}")
     if not failure.error:
         lines.append(f"Yours: {describe(failure.got, RESULT_WIDTH)}")
+        # what `same` accepts is its own matter: another difference than it means may come first
+        found = None if exercise.same_function else difference(failure.got, failure.expected)
+        if found and found.sentence not in told and any(is_cut(line) for line in lines[-2:]):
+            lines.append(f"The first difference: {found.sentence}")
     return "\n".join(lines)
 
 
@@ -217,6 +225,7 @@ def _listed(names: Iterable[str]) -> str:
 
 def _about_error(error: BaseException, answer: Answer) -> tuple[str, str]:
     """Kind of verdict and message for an answer that ended with an exception."""
+    error = learners_own(error, answer)
     if isinstance(error, TookTooLong):
         return "wrong", (f"Your code was stopped after {SECONDS:g} seconds without a result. "
                          "Is there a loop that never ends?")
@@ -224,14 +233,4 @@ def _about_error(error: BaseException, answer: Answer) -> tuple[str, str]:
         return "raised", "Your code called sys.exit(), which ends Python: return a result instead."
     if isinstance(error, RecursionError):  # where and how it is noticed depends on the depth of the caller
         return "raised", "RecursionError: a function calls itself without end."
-    return "raised", f"{describe_error(error)}\n{_where(error, answer)}"
-
-
-def _where(error: BaseException, answer: Answer) -> str:
-    """The innermost line of the learner's notebook that the exception passed."""
-    spaces = [function.__globals__ for function in functions_of(answer).values()]
-    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
-        if any(frame.f_globals is space for space in spaces):
-            text = linecache.getline(frame.f_code.co_filename, line).strip()
-            return f"It happened in `{frame.f_code.co_name}`, line {line}" + (f": {text}" if text else ".")
-    return "It happened where the check calls your code: do its arguments and its result fit the description?"
+    return "raised", f"{describe_error(error)}\n{where(error, answer)}"

@@ -21,11 +21,13 @@ from typing import TYPE_CHECKING
 from course_lib.bootstrap.places import REPO_ROOT
 from course_lib.bootstrap.process import on_terminal
 from course_lib.errors import CourseError
-from course_lib.teaching import catalogue, index
-from course_lib.teaching.header import header_of
-from course_lib.teaching.lesson_source import LessonError, LessonSource, SourceCell, read_lesson
+from course_lib.teaching import catalogue
+from course_lib.teaching.learner.workspace import kernel_environment
+from course_lib.teaching.lessons import index
+from course_lib.teaching.lessons.header import header_of
+from course_lib.teaching.lessons.lesson_source import LessonError, LessonSource, SourceCell, read_lesson
+from course_lib.teaching.lessons.nbval_run import CELL_TIMEOUT_S
 from course_lib.teaching.notebook_files import course_metadata, digest, read_notebook, write_text
-from course_lib.teaching.workspace import kernel_environment
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
 
 VERSION = 1  # raise it when the notebooks made from an unchanged source change
 EDITIONS = ("learner", "solved")
-CELL_TIMEOUT_S = 120
 GUIDE_S = 30  # what a lesson may take to run on two cores
 COMPARED = "nbval-check-output"  # nbval compares the outputs of cells with this tag
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"

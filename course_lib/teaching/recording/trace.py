@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from course_lib.teaching.trace_data import RequestTrace, Step, Trace
+from course_lib.teaching.recording.trace_data import RequestTrace, Step, Trace
 
 
 @contextmanager
