@@ -1,7 +1,7 @@
 """`bench compare`: this engine and others in one run, in turn, on the same model, prompts and threads.
 
 Every side is a process of its own (`peers`). They are started one after another, each with the machine to itself, which
-times its cold start; then the workloads go round, one side at a time while the others wait, so that a machine that
+times its cold start; then the workloads go round, one side at a time while the others are stopped, so that a machine that
 slows down slows down for all.
 """
 
@@ -46,7 +46,9 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=COURSE_MODEL, help="folder or model id (default: the course model)")
     parser.add_argument("--dtype", nargs="+", default=["float32"], help="of this engine; several are several sides")
     parser.add_argument("--peer-dtype", nargs="+", default=["float32"], help="of the peers")
-    parser.add_argument("--workload", nargs="+", choices=("single", "uniform", "nanovllm"), default=["single", "uniform"])
+    parser.add_argument(
+        "--workload", nargs="+", choices=("single", "uniform", "nanovllm"), default=["single", "uniform"]
+    )
     parser.add_argument("--num-prompts", type=int, default=32, help="of workload nanovllm (default 32)")
     parser.add_argument("--threads", type=int, default=None, help="for each side (default: all cores)")
     parser.add_argument("--repeats", type=int, default=3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,6 +43,9 @@ def test_a_side_is_timed_and_ended() -> None:
         assert side.cold_start(ITEMS[0]) > 0.05
         assert 0.05 < side.run(ITEMS) < 1
         process = psutil.Process(side._process.pid)
+        deadline = time.monotonic() + 5
+        while process.status() != psutil.STATUS_STOPPED:  # until it is its turn again
+            assert time.monotonic() < deadline
         assert side.peak_bytes > 1e6
     assert not process.is_running()
 
@@ -49,7 +53,7 @@ def test_a_side_is_timed_and_ended() -> None:
 @pytest.mark.parametrize(
     ("serving", "loading", "said"),
     [
-        ("return 1", "pass", "1 tokens produced, 4 asked for"),
+        ("return 1", "pass", "1 tokens produced, 6 asked for"),
         ("print('last words', flush=True); os._exit(3)", "pass", "(?s)it has stopped.*last words"),
         ("raise ValueError('no such token')", "pass", "ValueError: no such token"),
         ("pass", "raise OSError('no weights')", "OSError: no weights"),
@@ -57,8 +61,9 @@ def test_a_side_is_timed_and_ended() -> None:
     ],
 )
 def test_a_side_that_fails_says_why(serving: str, loading: str, said: str) -> None:
-    with _side(serving, loading) as side, pytest.raises(PeerError, match=f"^an engine: {said}|{said}"):
+    with _side(serving, loading) as side, pytest.raises(PeerError, match=said):
         side.cold_start(ITEMS[0])
+        side.run(ITEMS)
 
 
 def test_a_side_that_will_not_end_is_ended_with_its_children(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +74,8 @@ def test_a_side_that_will_not_end_is_ended_with_its_children(monkeypatch: pytest
         side.cold_start(ITEMS[0])
         tree = side._tree()
         assert len(tree) == 2
-    assert not any(process.is_running() for process in tree)
+    # one whose parent is gone may stay as a zombie until the system takes it in
+    assert all(not process.is_running() or process.status() == psutil.STATUS_ZOMBIE for process in tree)
 
 
 @pytest.fixture

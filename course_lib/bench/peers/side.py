@@ -1,12 +1,14 @@
 """One engine under comparison: a process that is started, given work, timed and ended.
 
-Invariant: `close` leaves no process behind, whatever state the engine is in; the context manager calls it.
+Invariants: a side runs only while it is timed, for an engine that waits for work by spinning would slow the others
+down; `close` leaves no process behind, whatever state the engine is in, and the context manager calls it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import tempfile
 import time
@@ -60,6 +62,7 @@ class Side:
     def run(self, items: list[WorkItem]) -> float:
         """Seconds to serve all items. Raises PeerError if it produced too few tokens, or failed."""
         message = {"items": [(item.prompt_token_ids, item.max_tokens) for item in items]}
+        self._signal(signal.SIGCONT)
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(message) + "\n")
@@ -70,14 +73,13 @@ class Side:
         if answer["tokens"] != output_tokens(items):
             raise self._failure(f"{answer['tokens']} tokens produced, {output_tokens(items)} asked for")
         self._note_memory()
+        self._signal(signal.SIGSTOP)
         return float(answer["seconds"])
 
     def close(self) -> None:
         """End the process and those it started."""
-        try:
-            tree = self._tree()
-        except psutil.NoSuchProcess:
-            tree = []
+        tree = self._tree()
+        self._signal(signal.SIGCONT)
         for ask in (psutil.Process.terminate, psutil.Process.kill):
             for process in tree:
                 try:
@@ -105,8 +107,18 @@ class Side:
         return PeerError("\n".join([f"{self.name}: {what}. The end of its log:", *(f"  {line}" for line in lines)]))
 
     def _tree(self) -> list[psutil.Process]:
-        process = psutil.Process(self._process.pid)
-        return [process, *process.children(recursive=True)]
+        try:
+            process = psutil.Process(self._process.pid)
+            return [process, *process.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def _signal(self, number: signal.Signals) -> None:
+        for process in self._tree():
+            try:
+                process.send_signal(number)
+            except psutil.NoSuchProcess:
+                continue
 
     def _note_memory(self) -> None:
         """Proportional set size of all its processes: pages that two of them share count once."""
