@@ -89,7 +89,7 @@ def test_stages_come_one_after_the_other() -> None:
 
 @pytest.mark.parametrize("each", lessons(), ids=lambda each: each.name)
 def test_lines_fit_their_tables(each: Lesson) -> None:
-    assert 45 <= each.minutes <= 90
+    assert 45 <= each.minutes <= 120  # an evening; readers needed more than 90 for some
     assert 0 < len(each.builds) <= 90
     assert each.builds[0].isupper() and not each.builds.endswith(".")
     for text in (each.title, each.builds, each.moved, each.note):
