@@ -13,14 +13,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from course_lib.bench.compare import add_compare_arguments, run_compare
+from course_lib.bench.compare import OURS, WORKERS, measure_compare
 from course_lib.bench.ledger import Ledger, Row, read_ledger, write_ledger
 from course_lib.bench.machine import describe_machine
 from course_lib.bench.table import markdown_table
 from course_lib.bench.workloads import WORKLOADS, WorkItem
 from course_lib.errors import CourseError
+from course_lib.model_store import COURSE_MODEL
 
-__all__ = ["add_bench_arguments", "describe_machine", "run_bench"]
+__all__ = ["add_bench_arguments", "run_bench"]
 
 _PEERS = ("transformers", "transformers-continuous")  # course_lib.bench.transformers_side
 # Options that shape a workload, by workload; any other is refused.
@@ -68,7 +69,9 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
                         help="no further repeat of one rung on one workload after so long (default 45)")  # fmt: skip
     for kind in (latency, throughput, serving, steps, ladder):
         _add_engine_arguments(kind, whole=kind in (latency, throughput, serving))
-    for kind in (latency, throughput, serving, kernels, steps, ladder):
+    compare = kinds.add_parser("compare", help="against other engines, set up on the way")
+    _add_compare_arguments(compare)
+    for kind in (latency, throughput, serving, kernels, steps, ladder, compare):
         kind.add_argument("--repeats", type=_positive, default=3)
         kind.add_argument("--json", type=Path, help="write the ledger to this file")
     for name, text in (("table", "compare ledgers, in Markdown"), ("plot", "draw ledgers")):
@@ -76,7 +79,18 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         kind.add_argument("ledgers", type=Path, nargs="+", metavar="LEDGER")
         if name == "plot":
             kind.add_argument("--output", type=Path, required=True, help="picture to write: .png or .svg")
-    add_compare_arguments(kinds.add_parser("compare", help="against other engines, set up on the way"))
+
+
+def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
+    peers = [name for name in WORKERS if name != OURS]
+    parser.add_argument("--peer", choices=peers, nargs="+", required=True, help="set up in an environment of its own")
+    parser.add_argument("--model", default=COURSE_MODEL, help="folder or model id (default: the course model)")
+    parser.add_argument("--dtype", nargs="+", default=["float32"], help="of this engine; several are several sides")
+    parser.add_argument("--peer-dtype", nargs="+", default=["float32"], help="of the peers")
+    parser.add_argument("--workload", nargs="+", choices=("single", "uniform", "nanovllm"),
+                        default=["single", "uniform"])  # fmt: skip
+    parser.add_argument("--num-prompts", type=_positive, default=32, help="of workload nanovllm (default 32)")
+    parser.add_argument("--threads", type=_positive, help="for each side (default: all cores)")
 
 
 def _add_engine_arguments(parser: argparse.ArgumentParser, *, whole: bool) -> None:
@@ -91,8 +105,6 @@ def _add_engine_arguments(parser: argparse.ArgumentParser, *, whole: bool) -> No
 
 def run_bench(args: argparse.Namespace) -> int:
     """Measure one kind, or show ledgers. Returns the exit status."""
-    if args.kind == "compare":
-        return run_compare(args)
     if args.kind in ("table", "plot"):
         return _show(args)
     try:
@@ -100,7 +112,7 @@ def run_bench(args: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
-    arguments = {name: value for name, value in vars(args).items() if name not in ("kind", "json")}
+    arguments = {name: value for name, value in vars(args).items() if name not in ("kind", "json", "command")}
     ledger = Ledger(args.kind, arguments, describe_machine(), measure())
     print(markdown_table([("", ledger)]), end="")
     if args.json is not None:
@@ -173,9 +185,16 @@ def _ladder(args: argparse.Namespace) -> Callable[[], list[Row]]:
     )  # fmt: skip
 
 
+def _compare(args: argparse.Namespace) -> Callable[[], list[Row]]:
+    return partial(
+        measure_compare, args.model, args.peer, dtypes=args.dtype, peer_dtypes=args.peer_dtype,
+        workloads=args.workload, num_prompts=args.num_prompts, threads=args.threads, repeats=args.repeats,
+    )  # fmt: skip
+
+
 _MEASURES = {
     "latency": _latency, "throughput": _throughput, "serve-sim": _serving, "kernels": _kernels, "steps": _steps,
-    "ladder": _ladder,
+    "ladder": _ladder, "compare": _compare,
 }  # fmt: skip
 
 

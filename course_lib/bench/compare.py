@@ -7,21 +7,18 @@ slows down slows down for all.
 
 from __future__ import annotations
 
-import argparse
-import os
-import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from course_lib.bench.ledger import Ledger, Row, write_ledger
-from course_lib.bench.machine import describe_machine
+from course_lib.bench.ledger import Row
 from course_lib.bench.peers.environments import python_for
-from course_lib.bench.table import markdown_table
 from course_lib.bench.workloads import WorkItem, longest_sequence, nanovllm, output_tokens, single, uniform
 from course_lib.bootstrap.places import REPO_ROOT, child_environment
+from course_lib.bootstrap.process import usable_cores
 from course_lib.errors import CourseError
-from course_lib.model_store import COURSE_MODEL, resolve_model
+from course_lib.model_store import resolve_model
 
 if TYPE_CHECKING:  # and imported where they are used: `--help` works on a bare Python
     from tqdm.auto import tqdm
@@ -39,82 +36,68 @@ FOUR_BITS = "4-bit"  # llama-cpp's weights; it takes no other dtype here
 KV_CACHE_BYTES = 2 << 30  # as much for every engine that has a paged cache
 
 
-def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `bench compare`."""
-    peers = [name for name in WORKERS if name != OURS]
-    parser.add_argument("--peer", choices=peers, nargs="+", required=True, help="set up in an environment of its own")
-    parser.add_argument("--model", default=COURSE_MODEL, help="folder or model id (default: the course model)")
-    parser.add_argument("--dtype", nargs="+", default=["float32"], help="of this engine; several are several sides")
-    parser.add_argument("--peer-dtype", nargs="+", default=["float32"], help="of the peers")
-    parser.add_argument(
-        "--workload", nargs="+", choices=("single", "uniform", "nanovllm"), default=["single", "uniform"]
-    )
-    parser.add_argument("--num-prompts", type=int, default=32, help="of workload nanovllm (default 32)")
-    parser.add_argument("--threads", type=int, default=None, help="for each side (default: all cores)")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="write the ledger to this file")
+def measure_compare(
+    model: str,
+    peers: Sequence[str],
+    *,
+    dtypes: Sequence[str],
+    peer_dtypes: Sequence[str],
+    workloads: Sequence[str],
+    num_prompts: int,
+    threads: int | None,
+    repeats: int,
+) -> list[Row]:
+    """Set the peers up, then time each side: cold start [s], output tok/s, their ratios, peak memory [MB].
 
-
-def run_compare(args: argparse.Namespace) -> int:
-    """Set the peers up, measure, print a table with the ratios. Returns the exit status."""
+    peers: names in WORKERS. dtypes: of this engine, each a side of its own; peer_dtypes: of each peer.
+    num_prompts: of workload nanovllm. threads: of each side (None: all cores). Raises CourseError if a peer cannot be
+    set up and PeerError if a side fails.
+    """
     from tqdm.auto import tqdm
 
-    for name in ("num_prompts", "threads", "repeats"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise CourseError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-    folder = resolve_model(args.model)
-    workloads = _workloads(folder, args)
+    folder = resolve_model(model)
+    items_of = _workloads(folder, workloads, num_prompts)
     options = {
         "model": str(folder),
-        "threads": args.threads or len(os.sched_getaffinity(0)),
-        "max_model_len": max(2048, *map(longest_sequence, workloads.values())),
+        "threads": threads or usable_cores(),
+        "max_model_len": max(2048, *map(longest_sequence, items_of.values())),
         "kv_cache_bytes": KV_CACHE_BYTES,
     }
-    pythons = {engine: python_for(engine) for engine in (OURS, *args.peer)}
-    named = [(OURS, dtype) for dtype in args.dtype]
-    named += [(peer, dtype) for peer in args.peer for dtype in _dtypes(peer, args.peer_dtype)]
+    pythons = {engine: python_for(engine) for engine in (OURS, *peers)}
+    named = [(OURS, dtype) for dtype in dtypes]
+    named += [(peer, dtype) for peer in peers for dtype in _dtypes(peer, peer_dtypes)]
+    shortest = min(
+        (item for items in items_of.values() for item in items), key=lambda item: len(item.prompt_token_ids)
+    )
     rows: list[Row] = []
     with ExitStack() as stack:
         sides: list[Side] = []
-        total = len(named) + len(workloads) * args.repeats * len(named)
+        total = len(named) + len(items_of) * repeats * len(named)
         bar = stack.enter_context(tqdm(total=total, desc="compare", leave=False))
         for engine, dtype in named:
             bar.set_postfix_str(f"starting {engine} {dtype}")
             side = stack.enter_context(_start(engine, dtype, pythons[engine], options))
-            seconds = side.cold_start(single_item(workloads))
-            rows.append(Row(side.name, "s", [seconds], group="cold start to the first token"))
+            rows.append(Row(side.name, "s", [side.cold_start(shortest)], group="cold start to the first token"))
             sides.append(side)
             bar.update()
-        for name, items in workloads.items():
-            rates = _take_turns(sides, items, args.repeats, name, bar)
+        for name, items in items_of.items():
+            rates = _take_turns(sides, items, repeats, name, bar)
             rows += [Row(side, "output tok/s", values, group=name) for side, values in rates.items()]
             rows += _ratios(name, rates)
         rows += [Row(side.name, "MB", [side.peak_bytes / 1e6], group="peak memory") for side in sides]
-    arguments = {name: value for name, value in vars(args).items() if name not in ("kind", "json", "command")}
-    ledger = Ledger("compare", arguments, describe_machine(), rows)
-    print(markdown_table([("", ledger)]), end="")
-    if args.json is not None:
-        write_ledger(args.json, ledger)
-        print(f"ledger: {args.json}", file=sys.stderr)
-    return 0
+    return rows
 
 
-def single_item(workloads: dict[str, list[WorkItem]]) -> WorkItem:
-    """The shortest prompt of all, for the cold start."""
-    return min((item for items in workloads.values() for item in items), key=lambda item: len(item.prompt_token_ids))
-
-
-def _workloads(folder: Path, args: argparse.Namespace) -> dict[str, list[WorkItem]]:
+def _workloads(folder: Path, names: Sequence[str], num_prompts: int) -> dict[str, list[WorkItem]]:
     from transformers import AutoConfig
 
     vocab_size = AutoConfig.from_pretrained(folder).vocab_size
     made = {
         "single": lambda: single(vocab_size),
         "uniform": lambda: uniform(vocab_size),
-        "nanovllm": lambda: nanovllm(vocab_size, num_prompts=args.num_prompts),
+        "nanovllm": lambda: nanovllm(vocab_size, num_prompts=num_prompts),
     }
-    return {name: made[name]() for name in dict.fromkeys(args.workload)}
+    return {name: made[name]() for name in dict.fromkeys(names)}
 
 
 def _dtypes(peer: str, dtypes: list[str]) -> list[str]:

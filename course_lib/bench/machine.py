@@ -10,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from course_lib.bootstrap.process import usable_cores
+
 _PACKAGES = ("torch", "triton", "transformers", "numpy")
 
 
@@ -25,7 +27,7 @@ def describe_machine() -> dict[str, Any]:
     return {
         "commit": _git_commit() or os.environ.get("COURSE_COMMIT"),
         "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if gpu else None,

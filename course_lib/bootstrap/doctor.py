@@ -20,6 +20,7 @@ from pathlib import Path
 from course_lib.bootstrap.environment import is_current
 from course_lib.bootstrap.packages import GB
 from course_lib.bootstrap.places import REPO_ROOT, REQUIREMENTS, child_environment, venv_folder, venv_python
+from course_lib.bootstrap.process import usable_cores
 from course_lib.bootstrap.torch_index import has_nvidia_gpu
 
 PROBE_LIMIT_S = 120
@@ -53,7 +54,7 @@ def run_doctor(more_checks: Iterable[Callable[[], Iterable[Finding]]] = ()) -> i
 
 def check_machine() -> Iterable[Finding]:
     yield Finding("system", f"{platform.system()} {platform.release()}, {platform.machine()}")
-    yield Finding("CPU", f"{_usable_cores()} usable cores; {_vector_units() or 'vector units unknown'}")
+    yield Finding("CPU", f"{usable_cores()} usable cores; {_vector_units() or 'vector units unknown'}")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     little = memory < 3 * GB
     yield Finding(
@@ -142,11 +143,6 @@ def _probe(python: Path) -> tuple[dict | None, str]:
         return None, f"no answer in {PROBE_LIMIT_S} s"
     except (OSError, ValueError, IndexError) as error:
         return None, str(error)
-
-
-def _usable_cores() -> int:
-    # a container may own fewer cores than the machine has
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _vector_units() -> str:

@@ -6,6 +6,7 @@ no pip behind that goes on writing.
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -50,6 +51,11 @@ def run(
     except BaseException:
         _stop(process)
         raise
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: fewer than the machine has, where it is confined to some."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def on_terminal() -> bool:

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import os
 import pickle
 import time
 import uuid
 from typing import TYPE_CHECKING, Any
 
+from course_lib.bootstrap.process import usable_cores
 from course_lib.engine_args import EngineArgs
 from course_lib.entrypoints.chat import render_chat
 from course_lib.errors import CourseError, EngineDeadError
@@ -60,7 +60,7 @@ class EngineStage:
         self._template = template
         self._detokenize = detokenize
         self._continue_on_error = continue_on_error
-        self._num_threads = num_threads or max(1, _num_cores() // num_engines)
+        self._num_threads = num_threads or max(1, usable_cores() // num_engines)
         self._num_requests = 0
 
     async def __call__(self, batch: pyarrow.Table) -> pyarrow.Table:
@@ -218,7 +218,3 @@ def _failed(row: dict[str, Any], error: str) -> dict[str, Any]:
         "params": "",
         ERROR_COLUMN: error,
     }
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

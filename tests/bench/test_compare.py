@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from course_lib.bench import compare
+from course_lib.bench.cli import run_bench
 from course_lib.bench.ledger import read_ledger
 from course_lib.bench.peers import environments
 from course_lib.bench.peers.side import PeerError, Side
@@ -132,7 +133,7 @@ def test_compare_from_the_command_line(tiny_text_model: Path, tmp_path: Path, ca
     monkeypatch.setattr(compare, "single", lambda vocab_size: ITEMS[:1])
     file = tmp_path / "ledger.json"
     arguments = ["compare", "--peer", "transformers", "--model", str(tiny_text_model), "--workload", "single"]
-    assert compare.run_compare(_parse(*arguments, "--repeats", "1", "--json", str(file))) == 0
+    assert run_bench(_parse(*arguments, "--repeats", "1", "--json", str(file))) == 0
     rows = {(row.group, row.name): row for row in read_ledger(file).rows}
     ratio = rows["single", "course_lib float32 : transformers float32"].values[0]
     sides = [rows["single", f"{name} float32"].values[0] for name in ("course_lib", "transformers")]
@@ -141,9 +142,9 @@ def test_compare_from_the_command_line(tiny_text_model: Path, tmp_path: Path, ca
     assert "course_lib float32 : transformers float32" in capsys.readouterr().out
 
 
-def test_bad_arguments_are_refused_before_anything_starts(tiny_text_model: Path) -> None:
-    arguments = ["compare", "--model", str(tiny_text_model), "--peer"]
-    with pytest.raises(CourseError, match="--repeats 0: must be at least 1"):
-        compare.run_compare(_parse(*arguments, "transformers", "--repeats", "0"))
+def test_bad_arguments_are_refused_before_anything_starts(tiny_text_model: Path, capsys) -> None:
+    with pytest.raises(SystemExit):
+        _parse("compare", "--model", str(tiny_text_model), "--peer", "transformers", "--threads", "0")
+    assert "--threads: must be at least 1, not 0" in capsys.readouterr().err
     with pytest.raises(CourseError, match="--peer llama-cpp needs a GGUF file"):
         compare._gguf(tiny_text_model)

@@ -17,7 +17,8 @@ import torch
 
 from course_lib import LLM, EngineArgs, LLMEngine, SamplingParams
 from course_lib.attention.backend import zeros_on_demand
-from course_lib.bench.cli import add_bench_arguments, describe_machine, run_bench
+from course_lib.bench.cli import add_bench_arguments, run_bench
+from course_lib.bench.machine import describe_machine
 from course_lib.engine.input_processor import InputProcessor
 from course_lib.errors import CorruptModelError, CourseError, UnsupportedModelError
 from course_lib.runner.cache_size import _cgroup_rooms

@@ -1,4 +1,7 @@
-"""vLLM's CPU build, as one side of a comparison; its own defaults, save threads and the size of the cache."""
+"""vLLM's CPU build (Linux alone has one), as one side of a comparison.
+
+Its own defaults, save threads and the size of the cache.
+"""
 
 from __future__ import annotations
 
