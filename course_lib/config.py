@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from course_lib.errors import CorruptModelError, UnsupportedModelError
+from course_lib.parallel.config import ParallelConfig
+from course_lib.parallel.layout import ParallelLayout, split_evenly
 from course_lib.sampling_params import SamplingParams
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -65,6 +67,22 @@ def read_hf_config(folder: Path, overrides: dict[str, Any] | None = None) -> Any
             raise UnsupportedModelError(f"{file}: transformers cannot make a model of it: {what}") from error
         raise CorruptModelError(f"{file} is no usable configuration ({what}): fetch it again") from error
     return config
+
+
+def upcycle(hf_config: Any, num_experts: int) -> None:
+    """Turn the configuration of a dense Llama into that of the mixture that `models.upcycled` makes of its weights.
+
+    ValueError for a model that this cannot be done with.
+    """
+    architectures = getattr(hf_config, "architectures", None) or []
+    if "LlamaForCausalLM" not in architectures:
+        raise ValueError(
+            f"upcycle_experts={num_experts} makes experts of the MLPs of a LlamaForCausalLM, such as the course "
+            f"model, and this is {', '.join(architectures) or 'none that config.json names'}: leave it out"
+        )
+    hf_config.architectures = ["UpcycledLlamaForCausalLM"]
+    hf_config.num_local_experts = num_experts
+    hf_config.num_experts_per_tok = 2
 
 
 def read_generation_defaults(folder: Path) -> dict[str, Any]:
@@ -145,6 +163,14 @@ class ModelConfig:
         return head_dim or self.hf_config.hidden_size // self.hf_config.num_attention_heads
 
     @property
+    def num_experts(self) -> int | None:
+        """Routed experts per layer; None for a dense model."""
+        for name in ("num_local_experts", "num_experts"):  # Mixtral, GraniteMoE; Qwen2-MoE
+            if getattr(self.hf_config, name, None):
+                return getattr(self.hf_config, name)
+        return None
+
+    @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """End-of-sequence ids of the model's files; generation_config.json, if it has any, wins over
         config.json, as in vLLM. Ids beyond the vocabulary, which no model can generate, are left out."""
@@ -156,8 +182,20 @@ class ModelConfig:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Keys and values of one token in all layers, in bytes."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
+        """Keys and values of one token in all layers, in bytes; a rank may hold a part of them."""
+        return self.num_layers * self._kv_bytes_per_layer(self.num_kv_heads)
+
+    def kv_heads_per_rank(self, layout: ParallelLayout) -> int:
+        """KV heads of one rank: its share, or one that other ranks hold as well where there are fewer than ranks."""
+        return max(1, self.num_kv_heads // layout.tensor)
+
+    def kv_bytes_per_token_per_rank(self, layout: ParallelLayout) -> int:
+        """Keys and values of one token on a rank of the first stage, which has the most layers, in bytes."""
+        num_layers = len(split_evenly(self.num_layers, layout.pipeline)[0])
+        return num_layers * self._kv_bytes_per_layer(self.kv_heads_per_rank(layout))
+
+    def _kv_bytes_per_layer(self, num_kv_heads: int) -> int:
+        return 2 * num_kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -190,6 +228,7 @@ class EngineConfig:
     model: ModelConfig
     cache: CacheConfig
     scheduler: SchedulerConfig
+    parallel: ParallelConfig
     device: str  # "cpu" or "cuda"
     attention_backend: str  # "torch" or "triton"
     enforce_eager: bool  # no captured graphs

@@ -27,16 +27,15 @@ from course_lib.config import (
     SchedulerConfig,
     read_generation_defaults,
     read_hf_config,
+    upcycle,
 )
+from course_lib.parallel.config import resolve_parallel
+from course_lib.parallel.replicas import BALANCINGS, DATA_BACKENDS
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 # Arguments of vLLM that come with later lessons: name -> (the value that works, why, what to do).
 _LATER: dict[str, tuple[Any, str]] = {
-    "tensor_parallel_size": (1, "this engine runs in one process; leave it at 1"),
-    "pipeline_parallel_size": (1, "this engine runs in one process; leave it at 1"),
-    "data_parallel_size": (1, "this engine runs in one process; start several engines, or leave it at 1"),
-    "distributed_executor_backend": (None, 'only "uni" (this process) exists; leave it out'),
     "quantization": (None, "weights run in float32, float16 or bfloat16; choose with dtype="),
     "enable_lora": (False, "adapters cannot be loaded; merge the adapter into the weights first"),
     "max_loras": (1, "adapters cannot be loaded; leave it out"),
@@ -67,6 +66,10 @@ _RANGES: dict[str, tuple[int, int]] = {
     "long_prefill_token_threshold": (0, _MOST_TOKENS),
     "max_logprobs": (-1, 2**31 - 1),
     "block_size": (1, 256),
+    "tensor_parallel_size": (1, 1 << 10),
+    "pipeline_parallel_size": (1, 1 << 10),
+    "data_parallel_size": (1, 1 << 10),
+    "upcycle_experts": (2, 1 << 10),
     "seed": (0, 2**64 - 1),  # what torch's generators take
 }
 
@@ -107,7 +110,11 @@ class EngineArgs:
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     data_parallel_size: int = 1
+    data_parallel_backend: str = "mp"  # where the replicas run
+    data_parallel_balancing: str = "least_loaded"  # which replica is given the next request
     distributed_executor_backend: str | None = None
+    enable_expert_parallel: bool = False
+    upcycle_experts: int | None = None  # make each MLP of a dense model into so many experts
     quantization: str | None = None
     enable_lora: bool = False
     max_loras: int = 1
@@ -208,6 +215,19 @@ class EngineArgs:
                 long_prefill_token_threshold=self.long_prefill_token_threshold,
                 policy=self.scheduling_policy,
             ),
+            parallel=resolve_parallel(
+                tensor_parallel_size=self.tensor_parallel_size,
+                pipeline_parallel_size=self.pipeline_parallel_size,
+                data_parallel_size=self.data_parallel_size,
+                backend=self.distributed_executor_backend,
+                data_backend=self.data_parallel_backend,
+                balancing=self.data_parallel_balancing,
+                enable_expert_parallel=self.enable_expert_parallel,
+                num_heads=model.hf_config.num_attention_heads,
+                num_kv_heads=model.num_kv_heads,
+                num_layers=model.num_layers,
+                num_experts=model.num_experts,
+            ),
             device=device,
             attention_backend=_resolve_attention_backend(self.attention_backend, device),
             enforce_eager=self.enforce_eager,
@@ -219,12 +239,12 @@ class EngineArgs:
     def _refuse_later_arguments(self) -> None:
         for name, (works, remedy) in _LATER.items():
             value = getattr(self, name)
-            if value != works and not (name == "distributed_executor_backend" and value == "uni"):
+            if value != works:
                 raise ValueError(f"{name}={value!r} is not supported: {remedy}")
 
     def _check_types_and_ranges(self) -> None:
         for name in ("skip_tokenizer_init", "enable_prefix_caching", "enable_chunked_prefill", "disable_log_stats",
-                     "enforce_eager"):  # fmt: skip
+                     "enforce_eager", "enable_expert_parallel"):  # fmt: skip
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}")
         for name, choices in _CHOICES.items():
@@ -267,6 +287,8 @@ class EngineArgs:
         path = resolve_model(str(self.model), revision=self.revision)
         tokenizer_path = path if self.tokenizer is None else resolve_model(str(self.tokenizer))
         hf_config = read_hf_config(path, self.hf_overrides)
+        if self.upcycle_experts is not None:
+            upcycle(hf_config, self.upcycle_experts)
         return ModelConfig(
             model=str(self.model),
             path=path,
@@ -307,6 +329,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "device": ("auto", "cpu", "cuda"),
     "attention_backend": ("auto", "torch", "triton"),
     "load_format": ("auto", "safetensors", "dummy"),
+    "data_parallel_backend": DATA_BACKENDS,
+    "data_parallel_balancing": BALANCINGS,
 }
 
 

@@ -36,3 +36,12 @@ class UnsupportedModelError(CourseError):
 
 class EngineDeadError(CourseError):
     """The engine stopped after an internal failure; the first cause is chained."""
+
+
+class WorkerDiedError(EngineDeadError):
+    """A rank of an engine of several processes failed, was killed or hangs; the others have been ended, too. The
+    message names the rank, how it ended and, below its first line, its last traceback."""
+
+
+class RankDivergenceError(CourseError):
+    """Ranks that each schedule for themselves, under torchrun, have decided or sampled differently."""

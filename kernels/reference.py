@@ -1,8 +1,8 @@
 """The plain-torch truth for every kernel: same names, same arguments, written to be obviously right.
 
-Owns the meaning of the paged KV cache operations and of the fused layer operations; a kernel is correct when it agrees with the function
-of its name here. Invariant: results depend only on cache slots that a query may attend to, so a slot
-nobody wrote can hold anything, NaN included. Arithmetic is float32, or float64 for float64 inputs.
+Owns the meaning of the paged KV cache operations and of the fused layer operations; a kernel is correct when it
+agrees with the function of its name here. Invariant: results depend only on cache slots that a query may attend to,
+so a slot nobody wrote can hold anything, NaN included. Arithmetic is float32, or float64 for float64 inputs.
 Loops over requests and query tokens on the host; not meant to be fast.
 
 vLLM: tests/kernels/attention/test_attention.py (`ref_single_query_cached_kv_attention`) and
@@ -179,3 +179,57 @@ def few_rows_linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [T, I] times the transpose of weight [O, I] -> [T, O]."""
     compute_dtype = torch.promote_types(x.dtype, torch.float32)
     return (x.to(compute_dtype) @ weight.to(compute_dtype).T).to(x.dtype)
+
+
+def moe_mlp(
+    x: Tensor, gate_up: Tensor, down: Tensor, expert_ids: Tensor, expert_weights: Tensor, *, first_expert: int = 0
+) -> Tensor:
+    """Gated MLPs, several to choose from: each token goes through those it is sent to, and their outputs are added.
+
+    Args:
+        x: [T, N].
+        gate_up: [E, 2 * I, N], gate first; down: [E, N, I]. The experts first_expert .. first_expert + E - 1.
+        expert_ids: int64 [T, k]; ids of other experts, which live elsewhere, count as a zero output.
+        expert_weights: float32 [T, k], factors on the outputs.
+
+    Returns:
+        [T, N].
+    """
+    compute_dtype = torch.promote_types(x.dtype, torch.float32)
+    out = torch.zeros(x.shape, dtype=compute_dtype, device=x.device)
+    for token, (ids, weights) in enumerate(zip(expert_ids.tolist(), expert_weights, strict=True)):
+        for expert, weight in zip(ids, weights, strict=True):
+            if first_expert <= expert < first_expert + len(gate_up):
+                inner = silu_and_mul(gate_up[expert - first_expert].to(compute_dtype) @ x[token].to(compute_dtype))
+                out[token] += weight * (down[expert - first_expert].to(compute_dtype) @ inner)
+    return out.to(x.dtype)
+
+
+def group_by_expert(
+    expert_ids: Tensor, *, first_expert: int, num_experts: int, block_size: int
+) -> tuple[Tensor, Tensor]:
+    """Sort assignments of tokens to experts into blocks of which each is one expert's.
+
+    Args:
+        expert_ids: int64 [M]: assignment m is to this expert; others than the `num_experts` from `first_expert` on
+            are left out.
+        block_size: assignments per block.
+
+    Returns:
+        (assignments, block_experts): int32 [B * block_size], each expert's assignments in ascending order, its last
+        block filled up with M; and int32 [B], whose each block is, counted from first_expert, -1 for blocks that
+        nobody needed. B is the most that any M assignments could need.
+    """
+    total = len(expert_ids)
+    most_experts = min(num_experts, total)  # each of them with one assignment, one with all the rest
+    num_blocks = most_experts + (total - most_experts) // block_size
+    assignments = torch.full((num_blocks * block_size,), total, dtype=torch.int32)
+    block_experts = torch.full((num_blocks,), -1, dtype=torch.int32)
+    block = 0
+    for expert in range(num_experts):
+        own = [m for m, other in enumerate(expert_ids.tolist()) if other == first_expert + expert]
+        assignments[block * block_size : block * block_size + len(own)] = torch.tensor(own, dtype=torch.int32)
+        end = block + -(-len(own) // block_size)
+        block_experts[block:end] = expert
+        block = end
+    return assignments.to(expert_ids.device), block_experts.to(expert_ids.device)

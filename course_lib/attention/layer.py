@@ -19,10 +19,10 @@ class Attention(nn.Module):
     """Causal self-attention of one layer over the paged KV cache.
 
     Args:
-        num_heads: query heads H.
+        num_heads: query heads H of this rank.
         head_dim: D.
         scale: factor on the logits, usually D ** -0.5.
-        num_kv_heads: Hkv, a divisor of H.
+        num_kv_heads: Hkv of this rank, a divisor of H.
         layer_idx: position in the model, for error messages and cache binding.
         sliding_window: each query sees at most this many positions, itself included; None for all.
     """

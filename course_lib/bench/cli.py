@@ -53,6 +53,9 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     serving = kinds.add_parser("serve-sim", help="requests arriving at random: percentiles of TTFT, TPOT, end-to-end")
     serving.add_argument("--rate", type=_positive_number, default=1.0, help="requests per second (default 1)")
     serving.add_argument("--num-prompts", type=_positive, default=64)
+    prefix = kinds.add_parser("prefix-caching", help="with and without, on prompts that share their beginning")
+    prefix.add_argument("--num-prompts", type=_positive, default=64, help="at least 5 (default 64)")
+    prefix.add_argument("--output-len", type=_positive, default=64, help="new tokens per prompt (default 64)")
     kernels = kinds.add_parser("kernels", help="GB/s and TFLOP/s beside what the machine can do")
     kernels.add_argument("--dtype", choices=_KERNEL_DTYPES, nargs="+", help="default: bfloat16 on a GPU, all on a CPU")
     kernels.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -67,11 +70,11 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
                         help="cap of nanovllm's new tokens for transformers (default 512)")  # fmt: skip
     ladder.add_argument("--cell-seconds", type=_positive, default=45,
                         help="no further repeat of one rung on one workload after so long (default 45)")  # fmt: skip
-    for kind in (latency, throughput, serving, steps, ladder):
-        _add_engine_arguments(kind, whole=kind in (latency, throughput, serving))
+    for kind in (latency, throughput, serving, prefix, steps, ladder):
+        _add_engine_arguments(kind, whole=kind in (latency, throughput, serving, prefix))
     compare = kinds.add_parser("compare", help="against other engines, set up on the way")
     _add_compare_arguments(compare)
-    for kind in (latency, throughput, serving, kernels, steps, ladder, compare):
+    for kind in (latency, throughput, serving, prefix, kernels, steps, ladder, compare):
         kind.add_argument("--repeats", type=_positive, default=3)
         kind.add_argument("--json", type=Path, help="write the ledger to this file")
     for name, text in (("table", "compare ledgers, in Markdown"), ("plot", "draw ledgers")):
@@ -162,6 +165,17 @@ def _serving(args: argparse.Namespace) -> Callable[[], list[Row]]:
     return partial(measure_serving, _engine(args), rate=args.rate, num_prompts=args.num_prompts, repeats=args.repeats)
 
 
+def _prefix_caching(args: argparse.Namespace) -> Callable[[], list[Row]]:
+    from course_lib.bench.prefix_caching import measure_prefix_caching
+
+    if args.num_prompts < 5:
+        raise ValueError("--num-prompts: four of five prompts share their beginning; ask for at least 5")
+    return partial(
+        measure_prefix_caching, _engine(args), num_prompts=args.num_prompts, output_len=args.output_len,
+        repeats=args.repeats,
+    )  # fmt: skip
+
+
 def _kernels(args: argparse.Namespace) -> Callable[[], list[Row]]:
     from course_lib.bench.kernels import measure_kernels
 
@@ -193,8 +207,8 @@ def _compare(args: argparse.Namespace) -> Callable[[], list[Row]]:
 
 
 _MEASURES = {
-    "latency": _latency, "throughput": _throughput, "serve-sim": _serving, "kernels": _kernels, "steps": _steps,
-    "ladder": _ladder, "compare": _compare,
+    "latency": _latency, "throughput": _throughput, "serve-sim": _serving, "prefix-caching": _prefix_caching,
+    "kernels": _kernels, "steps": _steps, "ladder": _ladder, "compare": _compare,
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 _FIRST_ID = 100  # special tokens live below
 _SHARED_FRACTION = 0.8
-_SHARED_TOKENS = 512
+SHARED_TOKENS = 512
 
 
 class WorkItem(NamedTuple):
@@ -61,11 +61,11 @@ def shared_prefix(vocab_size: int, *, num_prompts: int = 64, output_len: int = 6
     """Of every five requests four begin with the same 512 tokens and end in 16 to 64 of their own; the fifth has as
     many tokens, all its own."""
     rng = random.Random(seed)
-    prefix = _ids(rng, _SHARED_TOKENS, vocab_size)
+    prefix = _ids(rng, SHARED_TOKENS, vocab_size)
     items = []
     for i in range(num_prompts):
         shares = (i + 1) * _SHARED_FRACTION // 1 > i * _SHARED_FRACTION // 1  # spread evenly: exact in every five
-        head = prefix if shares else _ids(rng, _SHARED_TOKENS, vocab_size)
+        head = prefix if shares else _ids(rng, SHARED_TOKENS, vocab_size)
         items.append(WorkItem(head + _ids(rng, rng.randint(16, 64), vocab_size), output_len))
     return items
 
@@ -99,6 +99,22 @@ def output_tokens(items: list[WorkItem]) -> int:
 def longest_sequence(items: list[WorkItem]) -> int:
     """Prompt and new tokens of the longest request: the smallest `max_model_len` that serves them all."""
     return max(len(item.prompt_token_ids) + item.max_tokens for item in items)
+
+
+def reusable_tokens(items: list[WorkItem], block_size: int) -> int:
+    """Prompt tokens that need not be computed if all earlier prompts are kept, the requests being served in order.
+
+    A prompt finds its longest beginning of whole blocks that an earlier one had, and computes at least its last
+    token.
+    """
+    seen: set[tuple[int, ...]] = set()
+    total = 0
+    for item in items:
+        ids = item.prompt_token_ids
+        beginnings = [tuple(ids[:end]) for end in range(block_size, len(ids) + 1, block_size)]
+        total += block_size * sum(beginning in seen for beginning in beginnings if len(beginning) < len(ids))
+        seen.update(beginnings)
+    return total
 
 
 def _ids(rng: random.Random, count: int, vocab_size: int) -> list[int]:

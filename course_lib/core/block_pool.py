@@ -3,7 +3,7 @@
 The free blocks form a doubly linked queue in eviction order, so that taking the oldest, returning a
 block, and *pulling a cached block out of the middle* when a prefix hit revives it are all O(1).
 A block keeps its content hash while it lies in the free queue: that is the prefix cache. It loses
-the hash when it is handed out again.
+the hash when it is handed out again (the content is *evicted*).
 
 Invariants: free + used = total; a block is in the free queue exactly when its reference count is 0;
 `cached[h]` is a block whose `content_hash` is h.
@@ -14,6 +14,8 @@ vLLM: `vllm/v1/core/block_pool.py`, `kv_cache_utils.py` (`FreeKVCacheBlockQueue`
 from __future__ import annotations
 
 from collections.abc import Iterable
+
+from course_lib.core.kv_events import AllBlocksCleared, BlockRemoved, KVEvent
 
 
 class KVBlock:
@@ -73,6 +75,11 @@ class BlockPool:
 
     Args:
         num_blocks: how many blocks the cache tensors have.
+
+    Attributes:
+        num_evictions: cached contents given up for new ones, since the pool was made.
+        events: what happened to the cached contents, while somebody wants to know; None: nobody does.
+            New contents are reported by the KV cache manager, which knows their tokens.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -80,6 +87,8 @@ class BlockPool:
         self.blocks = [KVBlock(i) for i in range(num_blocks)]
         self.free_queue = FreeBlockQueue(self.blocks)
         self.cached: dict[bytes, KVBlock] = {}
+        self.num_evictions = 0
+        self.events: list[KVEvent] | None = None
 
     @property
     def num_free(self) -> int:
@@ -92,6 +101,7 @@ class BlockPool:
             block = self.free_queue.popleft()
             if block.content_hash is not None:
                 self._forget(block)
+                self.num_evictions += 1
             block.ref_count = 1
             ids.append(block.block_id)
         return ids
@@ -124,12 +134,14 @@ class BlockPool:
             if block.ref_count == 0:
                 self.free_queue.append(block)
 
-    def register(self, block_id: int, content_hash: bytes) -> None:
-        """Offer a full block for reuse. The first block of a given content wins; twins stay private."""
-        if content_hash not in self.cached:
-            block = self.blocks[block_id]
-            block.content_hash = content_hash
-            self.cached[content_hash] = block
+    def register(self, block_id: int, content_hash: bytes) -> bool:
+        """Offer a full block for reuse. The first block of a given content wins; twins stay private (False)."""
+        if content_hash in self.cached:
+            return False
+        block = self.blocks[block_id]
+        block.content_hash = content_hash
+        self.cached[content_hash] = block
+        return True
 
     def unregister(self, block_id: int) -> None:
         """Withdraw a block whose content will not be computed after all."""
@@ -144,10 +156,14 @@ class BlockPool:
         for block in self.cached.values():
             block.content_hash = None
         self.cached.clear()
+        if self.events is not None:
+            self.events.append(AllBlocksCleared())
         return True
 
     def _forget(self, block: KVBlock) -> None:
         del self.cached[block.content_hash]
+        if self.events is not None:
+            self.events.append(BlockRemoved([block.content_hash]))
         block.content_hash = None
 
     def check_invariants(self) -> None:

@@ -4,6 +4,7 @@ Owns the block pool and edits the requests' block tables; nobody else does. A re
 `[16 i, 16 i + 16)` (block size 16) live in block `block_ids[i]`. Blocks that will be full after the
 step being planned are offered to the prefix cache at once: a request planned later in the same step
 may share them, because every layer writes all new keys and values before any attention reads them.
+What the cache saved is counted in `stats`; what it holds can be followed through the pool's `events`.
 
 Invariants: the pool's; reference counts equal the number of tables that hold a block; a registered
 block's hash chains from its parent's.
@@ -15,19 +16,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from course_lib.core.block_pool import BlockPool
-from course_lib.core.prefix_hash import extend_block_hashes, hash_block, root_hash
+from course_lib.core.kv_events import stored_events
+from course_lib.core.prefix_cache_stats import PrefixCacheStats
+from course_lib.core.prefix_hash import ROOT, block_extra_keys, extend_block_hashes, hash_block
 from course_lib.core.request import Request
-
-
-@dataclass(slots=True)
-class PrefixCacheStats:
-    """Token counts since the engine started."""
-
-    queried_tokens: int = 0
-    hit_tokens: int = 0
 
 
 class KVCacheManager:
@@ -71,8 +65,7 @@ class KVCacheManager:
         """Count one admitted request's lookup (a request that is looked up again each step while it
         waits for room must count once, so this is not done in `get_computed_blocks`)."""
         if self.enable_caching:
-            self.stats.queried_tokens += num_tokens
-            self.stats.hit_tokens += num_hit_tokens
+            self.stats.record(num_tokens, num_hit_tokens)
 
     def allocate_slots(
         self, request: Request, num_new_tokens: int, computed_blocks: list[int] | None = None
@@ -112,10 +105,15 @@ class KVCacheManager:
         if full > request.num_registered_blocks and self.enable_caching:
             extend_block_hashes(request, block_size)
             # A step scheduled ahead may fill a block with a token that is not known yet: offered next time.
-            full = min(full, len(request.block_hashes))
+            hashes = request.block_hashes
+            full = min(full, len(hashes))
+            offered = []
             for i in range(request.num_registered_blocks, full):
-                pool.register(table[i], request.block_hashes[i])
+                if pool.register(table[i], hashes[i]):
+                    offered.append(i)
             request.num_registered_blocks = full
+            if pool.events is not None:
+                pool.events += stored_events(request, offered, block_size)
         return new_blocks
 
     def free(self, request: Request) -> None:
@@ -133,7 +131,10 @@ class KVCacheManager:
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; False if requests still hold blocks."""
-        return self.pool.reset_cache()
+        if not self.pool.reset_cache():
+            return False
+        self.stats.forget_recent()
+        return True
 
     def check_invariants(self, requests: Iterable[Request]) -> None:
         """Raise AssertionError naming the first broken invariant; `requests` are all live ones."""
@@ -152,10 +153,11 @@ class KVCacheManager:
             )
 
     def _check_chain(self, request: Request) -> None:
-        parent = root_hash(request)
+        parent = ROOT
         size = self.block_size
         for i, content_hash in enumerate(request.block_hashes):
-            parent = hash_block(parent, request.token_ids[i * size : (i + 1) * size])
+            tokens = request.token_ids[i * size : (i + 1) * size]
+            parent = hash_block(parent, tokens, block_extra_keys(request, i, size))
             assert parent == content_hash, f"{request}: hash of block {i} does not chain from its parent"
         for i in range(request.num_registered_blocks):
             held = self.pool.blocks[request.block_ids[i]].content_hash

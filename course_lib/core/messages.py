@@ -36,6 +36,9 @@ class CachedRequestData:
     request_ids: list[str] = field(default_factory=list)
     new_block_ids: list[list[int]] = field(default_factory=list)
     num_computed_tokens: list[int] = field(default_factory=list)
+    # Of the tokens that the step computes, those that were sampled: stages of a pipeline before the last one, which
+    # samples, have them from here. Empty without a pipeline.
+    new_token_ids: list[list[int]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -48,6 +51,11 @@ class SchedulerOutput:
     total_num_scheduled_tokens: int
     preempted_request_ids: set[str]  # lost their blocks; the runner keeps their sampling state
     finished_request_ids: set[str]  # finished since the last step; the runner forgets them
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to compute and nothing to tell the runner."""
+        return not (self.num_scheduled_tokens or self.preempted_request_ids or self.finished_request_ids)
 
 
 @dataclass(slots=True)

@@ -16,6 +16,7 @@ import enum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from course_lib.core.prefix_hash import CacheKeys
     from course_lib.sampling_params import SamplingParams
 
 
@@ -47,11 +48,11 @@ class Request:
         eos_token_id: the token that ends generation unless `ignore_eos`.
         arrival_time: seconds (`time.time`); orders requests of equal priority.
         priority: smaller is served first (only under the "priority" policy).
-        cache_salt: requests share cached prefixes only with requests of the same salt.
+        cache_keys: what besides equal tokens another request must have to share cached prefixes; None: nothing.
     """
 
     __slots__ = (
-        "request_id", "sampling_params", "eos_token_id", "arrival_time", "priority", "cache_salt",
+        "request_id", "sampling_params", "eos_token_id", "arrival_time", "priority", "cache_keys",
         "status", "stop_reason", "num_prompt_tokens", "token_ids", "num_computed_tokens",
         "num_cached_tokens", "first_scheduled_time", "block_ids", "block_hashes", "num_registered_blocks", "num_preemptions",
         "max_tokens", "min_tokens", "ignore_eos", "stop_token_ids", "needs_prompt_logprobs", "runs_ahead",
@@ -65,14 +66,14 @@ class Request:
         eos_token_id: int | None = None,
         arrival_time: float = 0.0,
         priority: int = 0,
-        cache_salt: str | None = None,
+        cache_keys: CacheKeys | None = None,
     ) -> None:
         self.request_id = request_id
         self.sampling_params = sampling_params
         self.eos_token_id = eos_token_id
         self.arrival_time = arrival_time
         self.priority = priority
-        self.cache_salt = cache_salt
+        self.cache_keys = cache_keys
         self.status = RequestStatus.WAITING
         self.stop_reason: int | str | None = None
 

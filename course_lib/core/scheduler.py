@@ -9,6 +9,19 @@ A step serves running requests first, oldest first; when the cache is full, the 
 running request loses its blocks and waits. Then waiting requests are admitted, unless someone was
 just preempted.
 
+A pipeline of model stages has several steps in flight: planned, their tokens not known yet. A request
+whose next token is in flight has nothing to compute (`num_computed_tokens == num_tokens`) and sits the
+step out; a prompt's next chunk needs no token and goes on. Requests are dealt out evenly over the steps,
+since a step that held all of them would leave every stage but one idle. Results are read in the order of
+the plans. One that comes for a request preempted meanwhile still counts: its tokens stay right, only its
+blocks are gone. One that comes for a request that has ended is dropped.
+
+Blocks are taken back at once, though a step in flight may still write to them. That is safe because every
+stage executes the steps in the order in which they were planned. Whoever is given the block is served by a
+later step, so on each stage its writes come after the stale ones, and it reads nothing but what it wrote or
+what the prefix cache promised. What the cache promises of a block is written by the step that the block was
+registered for: that is executed in any case, whatever became of its request, and before all that could find it.
+
 Invariants: the token budget and `max_num_seqs` are never exceeded; no request is both running and
 waiting; every added request is finished exactly once; no slot is written twice in one step.
 
@@ -49,17 +62,30 @@ class Scheduler:
     """Args:
     config: limits and policy.
     kv_cache: the cache to plan for; the scheduler is its only user.
+    max_steps_in_flight: how many steps may be planned whose results are not known: as many as a pipeline has stages.
+    tells_tokens: tell the runners what was sampled, of which those of a pipeline's stages but the last know nothing.
     """
 
-    def __init__(self, config: SchedulerLimits, kv_cache: KVCacheManager) -> None:
+    def __init__(
+        self,
+        config: SchedulerLimits,
+        kv_cache: KVCacheManager,
+        max_steps_in_flight: int = 1,
+        *,
+        tells_tokens: bool = False,
+    ) -> None:
         self.config = config
         self.kv_cache = kv_cache
+        self.max_steps_in_flight = max_steps_in_flight
+        self.tells_tokens = tells_tokens
         self.requests: dict[str, Request] = {}  # every unfinished request
         self.waiting: FCFSQueue | PriorityQueue = (
             PriorityQueue() if config.policy == "priority" else FCFSQueue()
         )
         self.running: list[Request] = []  # in order of admission
         self._finished_ids: set[str] = set()  # to be told to the runner with the next step
+        self._num_planned = self._num_read = 0  # steps with tokens; those in between are in flight
+        self._ended_in_flight: dict[str, int] = {}  # id -> the last step planned before it was ended
 
     # ---- requests come and go -------------------------------------------------------------------
 
@@ -90,6 +116,8 @@ class Scheduler:
         self.kv_cache.free(request)
         del self.requests[request.request_id]
         self._finished_ids.add(request.request_id)
+        if self._num_read < self._num_planned:
+            self._ended_in_flight[request.request_id] = self._num_planned
 
     @property
     def has_work(self) -> bool:
@@ -154,12 +182,18 @@ class Scheduler:
         """Pass 1: give every running request its next tokens. Returns the budget left."""
         running = self.running
         allocate = self.kv_cache.allocate_slots
+        turns = self._share
         index = 0
         while index < len(running) and budget > 0:
             request = running[index]
             num_new = len(request.token_ids) - request.num_computed_tokens
             if num_new > 1:
                 num_new = self._chunk(num_new, budget)
+            elif num_new and turns:
+                turns -= 1
+            else:  # its token is in flight, or it is left to the next step of a pipeline
+                index += 1
+                continue
             new_blocks = allocate(request, num_new)
             while new_blocks is None:
                 victim = self._choose_victim()
@@ -182,7 +216,8 @@ class Scheduler:
     def _admit_waiting(self, budget: int, plan: dict[Request, tuple[int, list[int]]]) -> list[Request]:
         """Pass 2: admit waiting requests in order until budget, seats or blocks run out."""
         admitted: list[Request] = []
-        while self.waiting and budget > 0 and len(self.running) < self.config.max_num_seqs:
+        turns = self._share
+        while self.waiting and budget > 0 and len(self.running) < self.config.max_num_seqs and len(admitted) < turns:
             request = self.waiting.peek()
             hit = self.kv_cache.get_computed_blocks(request)
             num_cached = len(hit) * self.kv_cache.block_size
@@ -199,12 +234,20 @@ class Scheduler:
             request.status = RequestStatus.RUNNING
             if request.num_cached_tokens < 0:
                 request.num_cached_tokens = num_cached
-                self.kv_cache.record_lookup(request.num_tokens, num_cached)
+                if not request.needs_prompt_logprobs:  # those look nothing up
+                    self.kv_cache.record_lookup(request.num_tokens, num_cached)
                 request.first_scheduled_time = time.time()
             plan[request] = (num_new, new_blocks)
             budget -= num_new
             admitted.append(request)
         return admitted
+
+    @property
+    def _share(self) -> int:
+        """How many requests a step gives one token at most, and how many it admits at most: an even part for each of
+        the steps that may be in flight, which is everybody if that is only one."""
+        num_requests = min(len(self.running) + len(self.waiting), self.config.max_num_seqs)
+        return -(-num_requests // self.max_steps_in_flight)
 
     def _chunk(self, remaining: int, budget: int) -> int:
         """How many of the `remaining` tokens of one request are computed when `budget` tokens are left."""
@@ -232,16 +275,24 @@ class Scheduler:
     ) -> SchedulerOutput:
         """Turn the plan into messages; `num_computed_tokens` is still that before the step."""
         admitted_set = set(admitted)
+        tells_tokens = self.tells_tokens
         cached = CachedRequestData()
+        cached_ids, starts = cached.request_ids, cached.num_computed_tokens
         scheduled: dict[str, int] = {}
         total = 0
         for request, (num_new, new_blocks) in plan.items():
             scheduled[request.request_id] = num_new
             total += num_new
             if request not in admitted_set:
-                cached.request_ids.append(request.request_id)
+                start = request.num_computed_tokens
+                cached_ids.append(request.request_id)
                 cached.new_block_ids.append(new_blocks)
-                cached.num_computed_tokens.append(request.num_computed_tokens)
+                starts.append(start)
+                if tells_tokens:
+                    sampled = request.token_ids[max(start, request.num_prompt_tokens) : start + num_new]
+                    cached.new_token_ids.append(sampled)
+        if plan:
+            self._num_planned += 1
         new_requests = [
             NewRequestData(
                 request_id=request.request_id,
@@ -257,22 +308,29 @@ class Scheduler:
         return SchedulerOutput(new_requests, cached, scheduled, total, preempted, finished)
 
     def update_from_output(self, output: ModelRunnerOutput) -> list[EngineCoreOutput]:
-        """Append sampled tokens to their requests, end those that are done, report the news."""
+        """Append sampled tokens to their requests, end those that are done, report the news.
+
+        Outputs are given in the order of the plans. One without requests, of a step that only told the runner
+        something, may be left out.
+        """
+        if output.request_ids:
+            self._num_read += 1
+        this_step = self._num_read
         news: list[EngineCoreOutput] = []
-        requests = self.requests
+        requests, ended = self.requests, self._ended_in_flight
         max_model_len = self.config.max_model_len
         logprobs = output.logprobs
         prompt_logprobs = output.prompt_logprobs
         any_finished = False
         for request_id, error in output.errors.items():
             request = requests.get(request_id)
-            if request is not None:
+            if request is not None and ended.get(request_id, 0) < this_step:
                 request.status = RequestStatus.FINISHED_ABORTED
                 request.stop_reason = error
         for row, request_id in enumerate(output.request_ids):
             request = requests.get(request_id)
-            # Aborted while the step ran; its id may already belong to a new request.
-            if request is None or request_id in self._finished_ids:
+            # Ended while the step was in flight; its id may already belong to a new request.
+            if request is None or (ended and ended.get(request_id, 0) >= this_step):
                 continue
             new_token_ids = output.sampled_token_ids[row]
             token_ids = request.token_ids
@@ -302,9 +360,13 @@ class Scheduler:
                 )
             )
             if finished:
+                if not request.block_ids:  # preempted while the step was in flight
+                    self.waiting.remove(request)
                 self._forget(request)
         if any_finished:
             self.running = [request for request in self.running if not request.is_finished]
+        if ended:
+            self._ended_in_flight = {i: last for i, last in self._ended_in_flight.items() if last > this_step}
         return news
 
     def reset_prefix_cache(self) -> bool:

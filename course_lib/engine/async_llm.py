@@ -21,10 +21,10 @@ from functools import partial
 from typing import Any
 
 from course_lib.config import EngineConfig
+from course_lib.core.kv_events import KVListener
 from course_lib.core.messages import EngineCoreOutput
-from course_lib.engine.core import EngineCore
+from course_lib.engine.core_client import CoreClient, make_core
 from course_lib.engine.frontend import Frontend
-from course_lib.engine.stat_logger import StatLogger
 from course_lib.engine.tokenizer import load_tokenizer
 from course_lib.engine_args import EngineArgs
 from course_lib.errors import EngineDeadError
@@ -71,16 +71,20 @@ class AsyncLLM:
     """Construct with `from_engine_args`. Belongs to the event loop of its first `generate`."""
 
     def __init__(self, config: EngineConfig) -> None:
+        self._thread: threading.Thread | None = None
         tokenizer = load_tokenizer(config.model)
-        self._core = EngineCore(config)
+        if config.parallel.replica is not None and config.parallel.in_lock_step:
+            raise ValueError(
+                "VLLM_DP_SIZE in the environment: replicas that share experts and are started one by one serve lists "
+                "of prompts (LLM); for AsyncLLM start one process with data_parallel_size="
+            )
+        self._core = make_core(config)
         self.config = self._core.config
         self._frontend = Frontend(self.config, tokenizer)
-        self._stat_logger = StatLogger() if config.log_stats else None
         self._streams: dict[str, OutputStream] = {}
         self._answers: set[asyncio.Future[bool]] = set()
         # What the core's thread is to do next; None tells it to end.
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._error: BaseException | None = None
 
@@ -115,7 +119,7 @@ class AsyncLLM:
         stream = OutputStream(sampling_params.output_kind is RequestOutputKind.DELTA)
         self._streams[request_id] = stream
         for request in requests:
-            self._commands.put(partial(self._core.add_request, request))
+            self._command(partial(self._core.add_request, request))
         try:
             while True:
                 output = await stream.get()
@@ -136,7 +140,7 @@ class AsyncLLM:
             core_ids = outputs.core_ids(one)
             last = outputs.abort(one)
             if core_ids:
-                self._commands.put(partial(self._core.abort_requests, core_ids))
+                self._command(partial(self._core.abort_requests, core_ids))
             if last is not None and one in self._streams:
                 self._streams[one].put(last)
 
@@ -149,11 +153,22 @@ class AsyncLLM:
         loop, core = self._loop, self._core
 
         def reset() -> None:
-            done = core.scheduler.reset_prefix_cache()
+            done = core.reset_prefix_cache()
             loop.call_soon_threadsafe(lambda: answer.done() or answer.set_result(done))
 
-        self._commands.put(reset)
+        self._command(reset)
         return await answer
+
+    def subscribe_kv_events(self, listener: KVListener) -> None:
+        """Have `listener(events)` called, in the core's thread, after each step that changed the prefix cache.
+
+        Raises:
+            ValueError: prefix caching is off.
+            RuntimeError: the engine has begun to serve; the events of its first steps are gone.
+        """
+        if self._thread is not None:
+            raise RuntimeError("this AsyncLLM serves already: subscribe to its KV events before the first request")
+        self._core.subscribe_kv_events(listener)
 
     async def get_tokenizer(self) -> Any:
         """The Hugging Face tokenizer."""
@@ -166,6 +181,7 @@ class AsyncLLM:
         """Raise EngineDeadError if the engine can no longer serve."""
         if self._error is not None:
             raise self._dead()
+        self._core.check_health()
 
     @property
     def is_running(self) -> bool:
@@ -176,13 +192,14 @@ class AsyncLLM:
         return self._error is not None
 
     def shutdown(self) -> None:
-        """Stop the core's thread; unfinished requests get an EngineDeadError. Idempotent."""
+        """Stop the core's thread and its processes; unfinished requests get an EngineDeadError. Idempotent."""
         if self._error is None:
             self._error = RuntimeError("the engine was shut down")
-        self._commands.put(None)
+        self._command(None)
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        self._core.shutdown()
         self._fail_streams()
 
     # ---- in the event loop ----------------------------------------------------------------------
@@ -196,7 +213,7 @@ class AsyncLLM:
             self._loop = loop
             self._thread = threading.Thread(
                 target=_run_core,
-                args=(self._core, self._commands, self._stat_logger, loop, weakref.ref(self)),
+                args=(self._core, self._commands, loop, weakref.ref(self)),
                 name="engine-core",
                 daemon=True,
             )
@@ -204,15 +221,19 @@ class AsyncLLM:
         elif loop is not self._loop:
             raise RuntimeError("this AsyncLLM belongs to another event loop: make one engine per loop")
 
+    def _command(self, command: Callable[[], None] | None) -> None:
+        self._commands.put(command)
+        self._core.wake()  # it may be waiting for replicas that have nothing to say
+
     def _deliver(self, news: list[EngineCoreOutput]) -> None:
         try:
             processed = self._frontend.output_processor.process(news)
         except Exception as error:  # nobody would wake the waiting coroutines otherwise
             self._die(error)
-            self._commands.put(None)
+            self._command(None)
             return
         if processed.requests_to_abort:
-            self._commands.put(partial(self._core.abort_requests, processed.requests_to_abort))
+            self._command(partial(self._core.abort_requests, processed.requests_to_abort))
         for output in processed.request_outputs:
             stream = self._streams.get(output.request_id)
             if stream is not None:
@@ -236,16 +257,16 @@ class AsyncLLM:
                 answer.set_exception(self._dead())
 
     def __del__(self) -> None:
-        self._commands.put(None)  # an engine that was not shut down ends its thread when it is forgotten
+        if self._thread is not None:  # an engine that was not shut down ends its thread when it is forgotten
+            self._command(None)
 
 
 # ---- in the core's thread, which must not keep the AsyncLLM alive -----------------------------------
 
 
 def _run_core(
-    core: EngineCore,
+    core: CoreClient,
     commands: queue.SimpleQueue[Callable[[], None] | None],
-    stat_logger: StatLogger | None,
     loop: asyncio.AbstractEventLoop,
     owner: weakref.ref[AsyncLLM],
 ) -> None:
@@ -262,8 +283,6 @@ def _run_core(
     try:
         while _take_commands(core, commands):
             news = core.step()
-            if stat_logger is not None:
-                stat_logger.record(core, news)
             if news:
                 post(lambda engine, news=news: engine._deliver(news))
     except BaseException as error:
@@ -275,7 +294,7 @@ def _run_core(
                 engine._error = error
 
 
-def _take_commands(core: EngineCore, commands: queue.SimpleQueue[Callable[[], None] | None]) -> bool:
+def _take_commands(core: CoreClient, commands: queue.SimpleQueue[Callable[[], None] | None]) -> bool:
     """Carry out all waiting commands; sleep while there is nothing at all to do. False: end."""
     while not (core.has_work and commands.empty()):
         command = commands.get()

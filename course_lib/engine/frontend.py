@@ -18,6 +18,7 @@ from course_lib.core.request import Request
 from course_lib.engine.input_processor import InputProcessor
 from course_lib.engine.output_processor import OutputProcessor
 from course_lib.engine.parallel_sampling import ParentRequest
+from course_lib.executor.portable import pack
 from course_lib.prompts import PromptType
 from course_lib.sampling_params import SamplingParams
 
@@ -67,6 +68,8 @@ class Frontend:
                 f"priority={priority} has no effect under scheduling_policy='fcfs': construct the engine with "
                 f"scheduling_policy='priority'"
             )
+        if request.sampling_params.logits_processors and self.config.parallel.runs_elsewhere:
+            pack(request.sampling_params.logits_processors, "logits_processors")  # or raise, while that harms nobody
         request.request_id = f"{request_id}#{next(self._serial)}"
         if request.sampling_params.n == 1:
             return PreparedRequest(request_id, [request], text, None)
@@ -79,7 +82,7 @@ class Frontend:
                 request.eos_token_id,
                 request.arrival_time,
                 priority,
-                request.cache_salt,
+                request.cache_keys,
             )
             for index, child_id in enumerate(parent.child_ids)
         ]

@@ -14,6 +14,7 @@ from numbers import Integral
 from typing import Any
 
 from course_lib.config import ModelConfig
+from course_lib.core.prefix_hash import CacheKeys
 from course_lib.core.request import Request
 from course_lib.prompts import PromptType
 from course_lib.sampling_checks import number, unicode_text
@@ -82,7 +83,7 @@ class InputProcessor:
             eos_token_id=self.eos_token_id,
             arrival_time=arrival_time,
             priority=priority,
-            cache_salt=cache_salt,
+            cache_keys=None if cache_salt is None else CacheKeys(salt=cache_salt),
         )
         return request, text
 

@@ -7,13 +7,13 @@ vLLM: `vllm/v1/engine/llm_engine.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from course_lib.config import EngineConfig, ModelConfig
-from course_lib.engine.core import EngineCore
+from course_lib.core.kv_events import KVListener
+from course_lib.engine.core_client import make_core
 from course_lib.engine.frontend import Frontend, PreparedRequest
-from course_lib.engine.stat_logger import StatLogger
 from course_lib.engine.tokenizer import load_tokenizer
 from course_lib.engine_args import EngineArgs
 from course_lib.outputs import RequestOutput
@@ -27,10 +27,9 @@ class LLMEngine:
     def __init__(self, config: EngineConfig) -> None:
         # The tokenizer first: if it is missing, say so before spending seconds on weights.
         tokenizer = load_tokenizer(config.model)
-        self.core = EngineCore(config)
+        self.core = make_core(config)
         self.config = self.core.config
         self.frontend = Frontend(self.config, tokenizer)
-        self.stat_logger = StatLogger() if config.log_stats else None
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineArgs) -> LLMEngine:
@@ -85,8 +84,12 @@ class LLMEngine:
         return len(self.frontend.output_processor.live)
 
     def has_unfinished_requests(self) -> bool:
-        """Whether `step()` has something to do."""
-        return bool(self.frontend.output_processor.live)
+        """Whether `step()` has something to do.
+
+        Among replicas that share experts and were started one by one (VLLM_DP_*), that is so for all as long as any
+        has requests; they ask each other here, so each must ask before each step, and as often as the others.
+        """
+        return self.core.anybody_unfinished(bool(self.frontend.output_processor.live))
 
     # ---- the loop -------------------------------------------------------------------------------
 
@@ -104,8 +107,6 @@ class LLMEngine:
             self.core.reset()
             self.frontend.forget_all()
             raise
-        if self.stat_logger is not None:
-            self.stat_logger.record(self.core, news)
         return processed.request_outputs
 
     # ---- the rest of vLLM's surface -------------------------------------------------------------
@@ -119,4 +120,19 @@ class LLMEngine:
 
     def reset_prefix_cache(self) -> bool:
         """Forget cached prefixes; False (and nothing done) while requests are running."""
-        return self.core.scheduler.reset_prefix_cache()
+        return self.core.reset_prefix_cache()
+
+    def subscribe_kv_events(self, listener: KVListener) -> Callable[[], None]:
+        """Have `listener(events)` called after each step that changed the prefix cache; see `core.kv_events`.
+
+        The cache is emptied first. Returns a function that ends the subscription.
+
+        Raises:
+            ValueError: prefix caching is off.
+            RuntimeError: requests are running.
+        """
+        return self.core.subscribe_kv_events(listener)
+
+    def shutdown(self) -> None:
+        """End the engine's processes, if it has any, now instead of when it is forgotten. Idempotent."""
+        self.core.shutdown()

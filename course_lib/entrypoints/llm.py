@@ -165,14 +165,17 @@ class LLM:
         args: tuple = (),
         kwargs: dict[str, Any] | None = None,
     ) -> list[Any]:
-        """Call a method of every model runner (or a function that is given the runner)."""
+        """Call a method of every model runner (or a function that is given the runner); results by replica and rank.
+
+        Raises ValueError if a function or an argument cannot be sent to the process where a runner lives.
+        """
         if timeout is not None:
-            raise ValueError("timeout: the runner lives in this process and cannot be timed out; leave it out")
-        return self.llm_engine.core.executor.collective_rpc(method, args, kwargs)
+            raise ValueError("timeout: a call of a runner cannot be cut short; leave it out")
+        return self.llm_engine.core.collective_rpc(method, args, kwargs)
 
     def apply_model(self, func: Callable[[Any], Any]) -> list[Any]:
-        """Run `func(model)` where the model lives."""
-        return self.collective_rpc(lambda runner: func(runner.model))
+        """Run `func(model)` where the model lives; one result for each rank's part of it."""
+        return self.collective_rpc(_apply_to_model, args=(func,))
 
     def sleep(self, *args: Any, **kwargs: Any) -> None:
         """Not yet: comes with the RLHF lessons."""
@@ -242,6 +245,10 @@ class LLM:
             if bar is not None:
                 bar.close()
         return [finished[request_id] for request_id in request_ids]
+
+
+def _apply_to_model(runner: Any, func: Callable[[Any], Any]) -> Any:
+    return func(runner.model)
 
 
 def _as_list(prompts: PromptType | Sequence[PromptType]) -> list[PromptType]:

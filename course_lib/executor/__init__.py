@@ -1,1 +1,1 @@
-"""Where model runners live: in this process (others follow: worker processes, torchrun, Ray)."""
+"""Where model runners live: in this process, in worker processes, under torchrun, or in Ray actors."""

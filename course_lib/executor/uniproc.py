@@ -1,58 +1,70 @@
-"""The executor with one runner, in this process.
+"""The executor with one rank, in this process.
 
-An executor hides where runners live. Later ones start worker processes, join a torchrun group or
-place Ray actors; the engine talks to all of them through these methods.
+Its rank may still have company: those of other replicas, if they share experts.
 
-vLLM: `vllm/v1/executor/uniproc_executor.py`, `abstract.py`.
+vLLM: `vllm/v1/executor/uniproc_executor.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from course_lib.config import EngineConfig
 from course_lib.core.messages import ModelRunnerOutput, SchedulerOutput
-from course_lib.runner.cache_size import decide_num_blocks
+from course_lib.errors import EngineDeadError
+from course_lib.executor.executor import FinishedStep, StepInFlight
+from course_lib.executor.worker import Worker, meeting_place
+from course_lib.parallel.group import ParallelGroups
 from course_lib.runner.model_runner import ModelRunner
-
-if TYPE_CHECKING:
-    from course_lib.runner.gpu_model_runner import StepInFlight
-
-
-def make_runner(config: EngineConfig) -> ModelRunner:
-    """The runner for the configured device."""
-    if config.device == "cuda":
-        from course_lib.runner.gpu_model_runner import GpuModelRunner
-
-        return GpuModelRunner(config)
-    return ModelRunner(config)
 
 
 class UniProcExecutor:
     """Loads the model at construction."""
 
+    max_concurrent_steps = 1
+
     def __init__(self, config: EngineConfig) -> None:
-        self.runner = make_runner(config)
-        self.runner.load_model()
+        self.worker: Worker | None = Worker(config, self._join(config))
+        self.worker.load_model()
+
+    def _join(self, config: EngineConfig) -> ParallelGroups | None:
+        place = config.parallel.replica
+        if place is None or not config.parallel.in_lock_step:
+            return None
+        device = torch.device(config.device, place.local_rank) if config.device == "cuda" else torch.device("cpu")
+        return meeting_place(config.parallel, place.host, place.port).join(0, device)
+
+    @property
+    def runner(self) -> ModelRunner:
+        """This process's runner, for looking inside."""
+        self.check_health()
+        return self.worker.runner
 
     def determine_num_blocks(self) -> int:
         """How many KV blocks the device has room for now that the weights are there."""
-        return decide_num_blocks(self.runner)
+        self.check_health()
+        return self.worker.determine_num_blocks()
 
     def initialize_cache(self, num_blocks: int) -> None:
         """Allocate the KV cache."""
-        self.runner.initialize_cache(num_blocks)
-        self.runner.warm_up()
+        self.check_health()
+        self.worker.initialize_cache(num_blocks)
 
     @property
     def can_run_ahead(self) -> bool:
-        """Whether `launch_model` exists: a step may be launched while another is in flight."""
+        """Whether a step may be launched while another is in flight."""
         return self.runner.can_run_ahead
 
     def execute_model(self, scheduled: SchedulerOutput) -> ModelRunnerOutput:
         """Run one step."""
         return self.runner.execute_model(scheduled)
+
+    def submit(self, scheduled: SchedulerOutput) -> StepInFlight:
+        """Run one step, or only launch it if it can be."""
+        return self.launch_model(scheduled) if self.can_run_ahead else FinishedStep(self.execute_model(scheduled))
 
     def launch_model(self, scheduled: SchedulerOutput) -> StepInFlight:
         """Start one step; its `result()` waits for the output."""
@@ -60,15 +72,22 @@ class UniProcExecutor:
 
     def reset(self) -> None:
         """Forget all requests after an interrupted step."""
-        self.runner.reset()
+        if self.worker is not None:
+            self.worker.reset()
 
     def collective_rpc(
         self, method: str | Callable[..., Any], args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> list[Any]:
-        """Call `method` (a name, or a function that gets the runner first) on every runner."""
-        if callable(method):
-            return [method(self.runner, *args, **(kwargs or {}))]
-        target = getattr(self.runner, method, None)
-        if target is None:
-            raise ValueError(f"collective_rpc: the model runner has no method {method!r}")
-        return [target(*args, **(kwargs or {}))]
+        """Call `method` (a name, or a function that gets the runner first) on the one runner."""
+        self.check_health()
+        return [self.worker.call_runner(method, args, kwargs or {})]
+
+    def check_health(self) -> None:
+        if self.worker is None:
+            raise EngineDeadError("the engine was shut down: make a new one")
+
+    def shutdown(self) -> None:
+        """Let go of the model and the cache."""
+        if self.worker is not None:
+            self.worker.close()
+            self.worker = None

@@ -2,25 +2,29 @@
 
 Files are mapped, one tensor at a time is cast and copied into its slot, and a file is reopened after
 `MAPPED_BYTES` so that pages already copied stop counting as this process's memory: the peak is one copy
-of the model and little more. Weights are always copied, never left mapped, so that a folder that is
-saved over or deleted cannot change or kill a running engine. Only safetensors is read: a pickle runs
-code when it is opened. vLLM: `model_executor/model_loader/default_loader.py`.
+of the model and little more. Of each tensor only the part is read that this rank has a slot for. Weights
+are always copied, never left mapped, so that a folder that is saved over or deleted cannot change or kill a
+running engine. Only safetensors is read: a pickle runs code when it is opened.
+vLLM: `model_executor/model_loader/default_loader.py`.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from course_lib.errors import CorruptModelError, UnsupportedModelError
+from course_lib.layers.weights import WeightSlot
 from course_lib.models.causal_lm import CausalLM
 from course_lib.models.checkpoint_files import find_checkpoint
 from course_lib.models.registry import resolve_model_class
+from course_lib.parallel.group import ParallelGroups
 
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 MAPPED_BYTES = 64 << 20
@@ -36,11 +40,13 @@ def load_model(
     max_model_len: int | None = None,
     load_format: str = "auto",
     seed: int = 0,
+    parallel: ParallelGroups | None = None,
 ) -> CausalLM:
     """Build the architecture that `hf_config` names and fill it from the safetensors files in `path`.
 
     `max_model_len` defaults to the config's `max_position_embeddings`. `load_format="dummy"` reads no
     file and draws the weights from `seed` (the same on every run with the same device and dtype).
+    `parallel` are the groups of this rank, which builds and fills its part of the model; None: all of it.
     Raises CorruptModelError or UnsupportedModelError naming file, tensor and remedy.
     """
     if load_format not in LOAD_FORMATS:
@@ -53,7 +59,7 @@ def load_model(
         )
     model_class = resolve_model_class(hf_config)
     positions = max_model_len or hf_config.max_position_embeddings
-    model = model_class(hf_config, dtype=dtype, device=device, max_model_len=positions)
+    model = model_class(hf_config, parallel=parallel, dtype=dtype, device=device, max_model_len=positions)
     if load_format == "dummy":
         fill_randomly(model, seed)
     else:
@@ -64,7 +70,7 @@ def load_model(
 def _fill_from_files(model: CausalLM, folder: Path) -> None:
     current = folder
 
-    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+    def tensors() -> Iterator[tuple[str, StoredTensor]]:
         nonlocal current
         for current, names in find_checkpoint(folder).items():
             yield from read_tensors(current, names)
@@ -85,11 +91,27 @@ def _fill_from_files(model: CausalLM, folder: Path) -> None:
         )
 
 
-def read_tensors(file: Path, names: set[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, tensor) of a safetensors file, in file order; `names` must be among them.
+class StoredTensor:
+    """A tensor in a mapped safetensors file. `stored[part]` reads that part of it; `stored[()]` is all of it.
 
-    A tensor is backed by the mapped file and only good until the next one is asked for.
+    What it returns is backed by the file and only good until the next tensor is asked for.
     """
+
+    def __init__(self, opened: safe_open, name: str) -> None:
+        self._slice = opened.get_slice(name)
+        self.shape: tuple[int, ...] = tuple(self._slice.get_shape())
+        self.dtype: torch.dtype = self._slice[:0].dtype if self.shape else self._slice[()].dtype
+
+    def __getitem__(self, part: tuple[slice, ...]) -> torch.Tensor:
+        return self._slice[part]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_tensors(file: Path, names: set[str] | None = None) -> Iterator[tuple[str, StoredTensor]]:
+    """Yield (name, tensor) of a safetensors file, in file order; `names` must be among them."""
     try:
         with safe_open(file, framework="pt") as opened:
             order = opened.offset_keys()
@@ -103,7 +125,7 @@ def read_tensors(file: Path, names: set[str] | None = None) -> Iterator[tuple[st
             with safe_open(file, framework="pt") as opened:
                 mapped = 0
                 while position < len(order) and mapped < MAPPED_BYTES:
-                    tensor = opened.get_tensor(order[position])
+                    tensor = StoredTensor(opened, order[position])
                     mapped += tensor.nbytes
                     yield order[position], tensor
                     del tensor
@@ -115,15 +137,21 @@ def read_tensors(file: Path, names: set[str] | None = None) -> Iterator[tuple[st
         ) from error
 
 
-@torch.no_grad()
-def fill_randomly(model: nn.Module, seed: int) -> None:
-    """Draw every weight from its own generator: norms are 1, biases 0, matrices normal with std 0.02."""
-    generator: torch.Generator | None = None
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            parameter.data.fill_(1)
-        elif name.endswith(".bias"):
-            parameter.data.zero_()
-        else:
-            generator = generator or torch.Generator(parameter.device).manual_seed(seed)
-            parameter.data.normal_(std=DUMMY_STD, generator=generator)
+def fill_randomly(model: CausalLM, seed: int) -> None:
+    """Draw every tensor that a checkpoint would hold: norms are 1, biases 0, matrices normal with std 0.02.
+
+    Each is drawn whole, from a generator of its own, so every rank of a model on several has its part of the same.
+    """
+    for name, slot in model.slots.items():
+        slot.fill(_dummy_tensor(name, slot, seed))
+
+
+def _dummy_tensor(name: str, slot: WeightSlot, seed: int) -> torch.Tensor:
+    like = slot.parameter
+    if "norm" in name:
+        return like.new_ones(slot.shape)
+    if name.endswith(".bias"):
+        return like.new_zeros(slot.shape)
+    digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
+    generator = torch.Generator(like.device).manual_seed(int.from_bytes(digest, "little"))
+    return like.new_empty(slot.shape).normal_(std=DUMMY_STD, generator=generator)

@@ -16,8 +16,12 @@ from course_lib.models.causal_lm import CausalLM
 ARCHITECTURES = {
     "LlamaForCausalLM": "course_lib.models.llama",
     "MistralForCausalLM": "course_lib.models.llama",
+    "MixtralForCausalLM": "course_lib.models.mixtral",
+    "GraniteMoeForCausalLM": "course_lib.models.granitemoe",
     "Qwen2ForCausalLM": "course_lib.models.qwen2",
+    "Qwen2MoeForCausalLM": "course_lib.models.qwen2_moe",
     "Qwen3ForCausalLM": "course_lib.models.qwen3",
+    "UpcycledLlamaForCausalLM": "course_lib.models.upcycled",  # in no file: `upcycle_experts` asks for it
 }
 
 

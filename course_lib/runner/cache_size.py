@@ -2,8 +2,11 @@
 
 On a GPU: run the largest step there can be, see how much memory it took at its peak, capture a few CUDA
 graphs to see what all will take, and give what is left under `gpu_memory_utilization` to the cache. On a
-CPU, memory belongs to everybody: take a quarter of what is free, at most 4 GiB; pages are only really
-taken when first used.
+CPU, memory belongs to everybody: take a quarter of what is free, at most 4 GiB, shared out among the ranks
+of the engine; pages are only really taken when first used.
+
+Each rank answers for itself, and its cache holds its own layers' and heads' part of a block. The engine takes the
+smallest answer: a block has the same number on all ranks.
 
 vLLM: `determine_available_memory` in `vllm/v1/worker/gpu_worker.py`, `check_enough_kv_cache_memory`
 in `vllm/v1/core/kv_cache_utils.py`.
@@ -38,14 +41,18 @@ _CGROUP_FILES = (
 
 
 def decide_num_blocks(runner: ModelRunner) -> int:
-    """Blocks for this runner's cache, from the configuration and the memory there is."""
+    """Blocks for this runner's cache, from the configuration and the memory there is.
+
+    All ranks of an engine must ask at the same time: on a GPU the largest step is one that they run together.
+    """
     config = runner.config
     if config.cache.num_blocks_override is not None:
         return config.cache.num_blocks_override
-    block_bytes = config.model.kv_bytes_per_token * config.cache.block_size
+    layout = config.parallel.layout
+    block_bytes = config.model.kv_bytes_per_token_per_rank(layout) * config.cache.block_size
     memory = config.cache.memory_bytes
     if memory is None:
-        memory = _free_cuda_memory(runner) if runner.device.type == "cuda" else _cpu_share()
+        memory = _free_cuda_memory(runner) if runner.device.type == "cuda" else _cpu_share() // layout.world_size
     # No request set can use more than this many, so a tiny model does not get a huge cache.
     limits = config.scheduler
     useful = limits.max_num_seqs * -(-limits.max_model_len // config.cache.block_size)

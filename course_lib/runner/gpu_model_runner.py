@@ -4,7 +4,8 @@ Between launching a step and asking for its result the host is free, and may lau
 that the first one samples go from device to device. The host waits for the device in one place,
 `StepInFlight.result`, where it reads the sampled ids. A step is the replay of a CUDA graph (`step_graphs`), fed
 by one copy from pinned memory: of one kind for steps in which every request computes one token, of another for
-all others. Steps that collect prompt log-probabilities, and all steps under `enforce_eager`, run eagerly.
+all others. Steps that collect prompt log-probabilities, and all steps under `enforce_eager` or of a model on
+several ranks, run eagerly.
 
 Invariants: steps run on the device in the order in which they were launched, so a block that was freed and given
 to another request is written by its new owner last; at most one step is launched while another is in flight.
@@ -22,6 +23,7 @@ import torch
 from course_lib.attention.metadata import AttentionMetadata
 from course_lib.config import EngineConfig
 from course_lib.core.messages import LogprobsLists, ModelRunnerOutput, SchedulerOutput
+from course_lib.parallel.group import ParallelGroups
 from course_lib.runner.device_batch import DeviceBatch
 from course_lib.runner.device_inputs import DecodeInputs, TokenInputs
 from course_lib.runner.input_batch import slot_mapping
@@ -56,8 +58,10 @@ class GpuModelRunner(ModelRunner):
     batch_class = DeviceBatch
     can_run_ahead = True
 
-    def __init__(self, config: EngineConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: EngineConfig, parallel: ParallelGroups | None = None) -> None:
+        super().__init__(config, parallel)
+        if self.parallel.pipeline.size > 1:
+            self.can_run_ahead = False  # a stage's next step is of other requests, or needs what the last one samples
         max_num_seqs, max_blocks = self.batch.block_table.shape
         self.inputs = DecodeInputs(max_num_seqs, self.device)
         self.block_table = torch.zeros((max_num_seqs, max_blocks), dtype=torch.int32, device=self.device)
@@ -69,8 +73,8 @@ class GpuModelRunner(ModelRunner):
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Capture the graphs, once the cache is there; not under `enforce_eager`, and not with the torch
-        backend, which plans on the host."""
+        """Capture the graphs, once the cache is there; not under `enforce_eager`, not with the torch backend,
+        which plans on the host, and not of a model on several ranks, whose collectives no graph holds yet."""
         if self._captures:
             others, decodes = capture(self._captured_steps(), self.device)
             self.graphs = decodes, others
@@ -82,7 +86,9 @@ class GpuModelRunner(ModelRunner):
 
     @property
     def _captures(self) -> bool:
-        return not self.config.enforce_eager and self.config.attention_backend == "triton"
+        parallel = self.parallel
+        whole = parallel.tensor.size == parallel.pipeline.size == parallel.expert.size == 1
+        return whole and not self.config.enforce_eager and self.config.attention_backend == "triton"
 
     def _captured_steps(self) -> list[CapturedStep]:
         """Of any numbers of tokens, and of one token each."""
@@ -98,8 +104,9 @@ class GpuModelRunner(ModelRunner):
 
     # ---- one step -------------------------------------------------------------------------------
 
-    def execute_model(self, scheduled: SchedulerOutput) -> ModelRunnerOutput:
-        return self.launch(scheduled).result()
+    def execute_model(self, scheduled: SchedulerOutput) -> ModelRunnerOutput | None:
+        output = self.launch(scheduled).result()
+        return output if self.parallel.is_last_stage else None
 
     @torch.inference_mode()
     def launch(self, scheduled: SchedulerOutput) -> StepInFlight:
@@ -107,8 +114,7 @@ class GpuModelRunner(ModelRunner):
         self._update_states(scheduled)
         counts_by_id = scheduled.num_scheduled_tokens
         if not counts_by_id:
-            none = np.zeros(0, np.int64)
-            return StepInFlight(self, [], none, none)
+            return self._nothing_sampled()
         rows_of = self.batch.rows
         rows = np.fromiter((rows_of[i] for i in counts_by_id), np.int64, len(counts_by_id))
         counts = np.fromiter(counts_by_id.values(), np.int64, len(counts_by_id))
@@ -212,7 +218,10 @@ class GpuModelRunner(ModelRunner):
             pending = np.flatnonzero(in_flight >= 0)
             places = self._to_device(np.stack((ends[pending] - 1, in_flight[pending])))
             input_ids.index_copy_(0, places[0], self.inputs.sampled.index_select(0, places[1]))
-        hidden = self.model(input_ids, positions, metadata)
+        hidden = self._compute(input_ids, positions, metadata)
+        if hidden is None:
+            self.batch.num_computed[rows] += counts.astype(np.int32)
+            return self._nothing_sampled()
         prompt_logprobs = self._collect_prompt_logprobs(rows, counts, metadata, hidden)
 
         step = self._start_step(rows, counts)
@@ -227,6 +236,10 @@ class GpuModelRunner(ModelRunner):
                 self._sample_into(step, logits, sampled_rows, slice(count))
             self._fetch(step, sampled_rows, count, np.arange(count))
         return step
+
+    def _nothing_sampled(self) -> StepInFlight:
+        none = np.zeros(0, np.int64)
+        return StepInFlight(self, [], none, none)
 
     def _start_step(self, rows: np.ndarray, counts: np.ndarray) -> StepInFlight:
         """Count the step's tokens as computed, and those it samples as existing."""

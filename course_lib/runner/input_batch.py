@@ -132,6 +132,12 @@ class InputBatch:
         self.block_table[row, count : count + len(block_ids)] = block_ids
         self.num_blocks[row] += len(block_ids)
 
+    def write_tokens(self, row: int, start: int, token_ids: list[int]) -> None:
+        """Enter tokens of a row from position `start` on that another runner has sampled."""
+        end = start + len(token_ids)
+        self.token_ids[row, start:end] = token_ids
+        self.num_tokens[row] = max(self.num_tokens[row], end)
+
     def append_tokens(self, rows: np.ndarray, token_ids: np.ndarray) -> None:
         """Append one sampled token to each of `rows`. token_ids: int [len(rows)]."""
         lengths = self.num_tokens[rows]

@@ -4,7 +4,13 @@ Owns the model, the cache tensors and the per-request state on this side of the 
 A step is: take in the scheduler's differences; lay all new tokens of all requests out as one flat
 batch; run the model once; sample for those requests whose last known token was in the batch.
 
-Invariant: after a step, `num_computed` of every row is what the scheduler thinks it is.
+A model on several ranks has a runner on each, and all are given the same schedule. Ranks of a tensor-parallel
+group compute the same logits and sample the same tokens with generators of the same seed: nothing is sent back.
+Of the stages of a pipeline the last one samples. The others only learn from the scheduler what it sampled, when
+that is to be computed, so theirs is a request's state without what sampling needs.
+
+Invariants: after a step, `num_computed` of every row is what the scheduler thinks it is. Steps are executed in the
+order in which they were planned, on every rank.
 
 vLLM: `vllm/v1/worker/gpu_model_runner.py`.
 """
@@ -19,9 +25,12 @@ from course_lib.attention.metadata import AttentionMetadata
 from course_lib.config import EngineConfig
 from course_lib.core.messages import LogprobsLists, ModelRunnerOutput, NewRequestData, SchedulerOutput
 from course_lib.models.loader import load_model
+from course_lib.parallel.group import ParallelGroups
 from course_lib.runner.input_batch import InputBatch, RequestState, slot_mapping
+from course_lib.runner.pipeline_stage import PipelineStage
 from course_lib.runner.prompt_logprobs import PendingPromptLogprobs
 from course_lib.runner.sampling_inputs import SamplingInputs
+from course_lib.sampling.draw import skip_draws
 from course_lib.sampling.sampler import LogprobsTensors, Sampler
 
 
@@ -29,13 +38,18 @@ class ModelRunner:
     """Eager PyTorch. Call `load_model`, then `initialize_cache`, then `execute_model`.
 
     On a GPU the engine uses `gpu_model_runner`, which launches steps without waiting for them.
+
+    Args:
+        config: of the whole engine.
+        parallel: the groups of this rank, one of several; None: the model is whole.
     """
 
     batch_class = InputBatch
     can_run_ahead = False
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, parallel: ParallelGroups | None = None) -> None:
         self.config = config
+        self.parallel = parallel or ParallelGroups.solo()
         self.device = torch.device(config.device)
         self.dtype = getattr(torch, config.model.dtype)
         self.block_size = config.cache.block_size
@@ -51,11 +65,12 @@ class ModelRunner:
         self.backend = make_backend(
             config.attention_backend,
             block_size=self.block_size,
-            num_kv_heads=config.model.num_kv_heads,
+            num_kv_heads=config.model.kv_heads_per_rank(config.parallel.layout),
             head_dim=config.model.head_dim,
             dtype=self.dtype,
             device=self.device,
         )
+        self.stage = PipelineStage(self.parallel.pipeline, config.model.hf_config.hidden_size, self.dtype)
 
     def load_model(self) -> None:
         """Read the weights. Raises CourseError if the files are not what they should be."""
@@ -63,6 +78,7 @@ class ModelRunner:
         self.model = load_model(
             model.path, model.hf_config, dtype=self.dtype, device=self.device,
             max_model_len=model.max_model_len, load_format=model.load_format, seed=model.seed,
+            parallel=self.parallel,
         )  # fmt: skip
         self.model.pack_weights()
 
@@ -78,8 +94,11 @@ class ModelRunner:
     # ---- one step -------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def execute_model(self, scheduled: SchedulerOutput) -> ModelRunnerOutput:
-        """Compute every scheduled token; sample one token for each request that is caught up."""
+    def execute_model(self, scheduled: SchedulerOutput) -> ModelRunnerOutput | None:
+        """Compute every scheduled token; sample one token for each request that is caught up.
+
+        None on a stage of a pipeline that does not sample.
+        """
         self._update_states(scheduled)
         if not scheduled.num_scheduled_tokens:
             return ModelRunnerOutput([], [])
@@ -87,8 +106,10 @@ class ModelRunner:
         rows = np.fromiter((self.batch.rows[i] for i in request_ids), np.int64, len(request_ids))
         counts = np.fromiter(scheduled.num_scheduled_tokens.values(), np.int64, len(request_ids))
         input_ids, positions, metadata = self._prepare_inputs(rows, counts)
-        hidden = self.model(input_ids, positions, metadata)
-
+        hidden = self._compute(input_ids, positions, metadata)
+        if hidden is None:
+            self.batch.num_computed[rows] += counts.astype(np.int32)
+            return None
         prompt_logprobs = self._collect_prompt_logprobs(rows, counts, metadata, hidden)
         self.batch.num_computed[rows] += counts.astype(np.int32)
         caught_up = np.flatnonzero(self.batch.num_computed[rows] == self.batch.num_tokens[rows])
@@ -103,7 +124,7 @@ class ModelRunner:
             self.batch.remove(request_id)
         for new in scheduled.new_requests:
             state = self.states.get(new.request_id)
-            if state is None:
+            if state is None or not self.parallel.is_last_stage:  # resumed: others do not know what was sampled since
                 state = self.states[new.request_id] = self._make_state(new)
             self.batch.add(state, new.block_ids, new.num_computed_tokens)
         cached = scheduled.cached_requests
@@ -112,12 +133,21 @@ class ModelRunner:
         for row, new_blocks in zip(rows, cached.new_block_ids, strict=True):
             if new_blocks:
                 self.batch.append_blocks(row, new_blocks)
+        if not self.parallel.is_last_stage:
+            counts = map(scheduled.num_scheduled_tokens.__getitem__, cached.request_ids)
+            starts = cached.num_computed_tokens
+            for row, start, count, token_ids in zip(rows, starts, counts, cached.new_token_ids, strict=True):
+                self.batch.write_tokens(row, start + count - len(token_ids), token_ids)
 
     def _make_state(self, new: NewRequestData) -> RequestState:
         params = new.sampling_params
         state = RequestState(new.request_id, params, new.prompt_token_ids, new.output_token_ids)
+        if not self.parallel.is_last_stage:
+            return state
         if params.seed is not None:
             state.generator = torch.Generator(self.device).manual_seed(params.seed)
+            # Tokens that were sampled before we heard of the request: by another replica, which is gone.
+            skip_draws(state.generator, self.config.model.vocab_size, len(new.output_token_ids))
         if params.prompt_logprobs is not None:
             state.pending_prompt_logprobs = PendingPromptLogprobs(new.prompt_token_ids, params.prompt_logprobs)
         return state
@@ -149,6 +179,20 @@ class ModelRunner:
         )
         metadata.plan = self.backend.plan(metadata)
         return self._to_device(input_ids), self._to_device(positions), metadata
+
+    def _compute(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata
+    ) -> torch.Tensor | None:
+        """Run this rank's layers. [T, hidden] to sample from; None on a stage that has handed them on instead."""
+        if self.parallel.is_first_stage:
+            states = self.model(input_ids, positions, metadata)
+        else:
+            received = self.stage.receive(len(positions))
+            states = self.model(None, positions, metadata, intermediate=received)
+        if self.parallel.is_last_stage:
+            return states
+        self.stage.send(states)
+        return None
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
@@ -199,6 +243,10 @@ class ModelRunner:
                     logprobs[i] = lists
         errors = {s.request_id: s.error for s in self.batch.states if s.error is not None}
         return ModelRunnerOutput(request_ids, sampled, logprobs, prompt_logprobs, errors)
+
+    def execute_dummy_batch(self) -> None:
+        """Take part, without a token of our own, in a step of replicas whose experts are partly here."""
+        self.model.forward_without_tokens()
 
     def reset(self) -> None:
         """Forget all requests: after an interrupted step nothing here can be trusted."""

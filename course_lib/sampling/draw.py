@@ -3,7 +3,8 @@
 Owns the noise. Why it works: e / p is exponential with rate p, and of independent exponentials the one
 with rate p_i is the smallest with probability p_i / sum(p). No cumulative sum, no host
 synchronisation, p need not be normalised. Invariant: a row with its own generator fills its own noise
-from it, always the same amount, so its draw is the same in every batch.
+from it, always the same amount, so its draw is the same in every batch, and a generator can be brought
+to where it was after any number of draws.
 
 On a CPU the noise for 49,152 tokens costs ten times more than the rest of the sampler, so the same rule
 is applied twice: to the total probability of each block of 128 tokens, then inside the winning block.
@@ -46,6 +47,14 @@ def draw_flat(probs: torch.Tensor, generators: Mapping[int, torch.Generator],
     """As `draw`, with noise for every token: one step, the fast way on a GPU."""
     noise = _exponential(*probs.shape, probs.device, generators, default_generator)
     return noise.reciprocal_().mul_(probs).argmax(dim=1)
+
+
+def skip_draws(generator: torch.Generator, vocab: int, count: int) -> None:
+    """Bring a row's new generator to where `count` calls of `draw` over `vocab` tokens leave it."""
+    width = vocab if generator.device.type != "cpu" else -(-vocab // blocks.BLOCK) + blocks.BLOCK
+    noise = torch.empty(width, device=generator.device)
+    for _ in range(count):
+        noise.exponential_(generator=generator)
 
 
 def _exponential(rows: int, width: int, device: torch.device, generators: Mapping[int, torch.Generator],

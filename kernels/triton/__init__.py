@@ -19,12 +19,14 @@ except ImportError as error:
 from kernels.triton.cache_write import reshape_and_cache
 from kernels.triton.few_rows_linear import few_rows_linear
 from kernels.triton.gated_activation import silu_and_mul
+from kernels.triton.moe_groups import group_by_expert
+from kernels.triton.moe_mlp import moe_mlp
 from kernels.triton.paged_decode import paged_attention_decode
 from kernels.triton.paged_varlen import paged_attention_varlen
 from kernels.triton.rms_norm import rms_norm
 from kernels.triton.rotary_cache import rotary_and_cache
 
 __all__ = [
-    "few_rows_linear", "paged_attention_decode", "paged_attention_varlen", "reshape_and_cache", "rms_norm",
-    "rotary_and_cache", "silu_and_mul",
+    "few_rows_linear", "group_by_expert", "moe_mlp", "paged_attention_decode", "paged_attention_varlen",
+    "reshape_and_cache", "rms_norm", "rotary_and_cache", "silu_and_mul",
 ]  # fmt: skip

@@ -14,6 +14,7 @@ from course_lib.bench.cli import add_bench_arguments, run_bench
 from course_lib.bench.engine_side import EngineOptions, check_fits, run_items
 from course_lib.bench.ladder import measure_ladder
 from course_lib.bench.latency import measure_latency
+from course_lib.bench.prefix_caching import measure_prefix_caching
 from course_lib.bench.serve_sim import measure_serving, percentile
 from course_lib.bench.step_split import PHASES, split_steps
 from course_lib.bench.steps import measure_step_rows
@@ -61,6 +62,22 @@ def test_serving_reports_percentiles(options: EngineOptions) -> None:
         assert 0 < values[0] <= values[1] <= values[2]
     assert by_name["TTFT", "p50"].median < by_name["end-to-end", "p50"].median
     assert by_name["", "output rate"].details["offered_tok_s"] > 0
+
+
+def test_prefix_caching_is_compared_in_one_run(tiny_text_model: Path) -> None:
+    """The tiny model has next to nothing to compute: what it shows is the hit rate, and that both sides are there."""
+    options = EngineOptions(model=str(tiny_text_model), device="cpu", max_model_len=1024, max_num_seqs=8)
+    rows = measure_prefix_caching(options, num_prompts=6, output_len=2, repeats=2)
+    by_name = {(row.group, row.name): row for row in rows}
+    for group in ("TTFT", "throughput"):
+        fast, slow, better = (by_name[group, name].values for name in ("with caching", "without", "better"))
+        if group == "TTFT":
+            fast, slow = slow, fast
+        assert better == [a / b for a, b in zip(fast, slow, strict=True)] and len(better) == 2 and min(better) > 0
+    [computed] = by_name["hit rate", "computed"].values
+    assert by_name["hit rate", "measured"].values == pytest.approx([computed] * 2, abs=1e-12) and computed > 40
+    cost = by_name["nothing shared", "the cache's part of a step"]
+    assert cost.median < 50 and set(cost.details["step_ms"]) == {"with caching", "without"}
 
 
 def test_percentile() -> None:
@@ -134,6 +151,7 @@ def test_the_ladder_says_what_it_needs(options: EngineOptions) -> None:
     [
         (["latency", "--output-len", "1"], "--output-len 1"),
         (["throughput", "--workload", "nanovllm", "--input-len", "3", "4"], "--input-len has no meaning"),
+        (["prefix-caching", "--num-prompts", "4"], "at least 5"),
         (["throughput", "--longest-output", "9"], "--longest-output has no meaning for --workload uniform"),
         (["throughput", "--workload", "single", "--input-len", "3", "4"], "one prompt"),
     ],

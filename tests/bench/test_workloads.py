@@ -12,6 +12,7 @@ from course_lib.bench.workloads import (
     nanovllm,
     output_tokens,
     poisson,
+    reusable_tokens,
     shared_prefix,
     single,
     uniform,
@@ -58,6 +59,20 @@ def test_four_of_five_share_their_first_512_tokens() -> None:
     assert heads.count(shared) == 40 and len(set(heads)) == 11
     assert all(512 + 16 <= len(item.prompt_token_ids) <= 512 + 64 for item in items)
     assert all(heads[start : start + 5].count(shared) == 4 for start in range(0, 50, 5))
+
+
+def test_what_a_cache_can_spare_is_counted_from_the_prompts() -> None:
+    def items(*prompts: str) -> list[WorkItem]:
+        return [WorkItem(list(prompt.encode()), 1) for prompt in prompts]
+
+    assert reusable_tokens(items("abcdef", "abcdxy"), 2) == 4
+    assert reusable_tokens(items("abcdef", "abcdef"), 2) == 4, "its last token is computed, so its last block is"
+    assert reusable_tokens(items("abcdef", "abcdefg"), 2) == 6
+    assert reusable_tokens(items("abcdef", "abcd", "xbcdef"), 2) == 2
+    assert reusable_tokens(items("abcde", "abcde"), 4) == 4
+    shared = shared_prefix(VOCAB)  # 52 of 64 share, one of them is the first
+    shares = sum(item.prompt_token_ids[:512] == shared[1].prompt_token_ids[:512] for item in shared)
+    assert reusable_tokens(shared, 16) == (shares - 1) * 512 == 50 * 512
 
 
 def test_poisson_arrives_at_the_given_rate() -> None:

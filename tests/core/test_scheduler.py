@@ -11,6 +11,7 @@ import pytest
 from course_lib.bench.steps import measure_steps
 from course_lib.core.kv_cache_manager import KVCacheManager
 from course_lib.core.messages import ModelRunnerOutput, SchedulerOutput
+from course_lib.core.prefix_hash import CacheKeys
 from course_lib.core.request import Request, RequestStatus
 from course_lib.core.scheduler import Scheduler
 from course_lib.sampling_params import SamplingParams
@@ -119,7 +120,7 @@ def test_salts_keep_caches_apart() -> None:
     scheduler = make_scheduler()
     for name, salt in (("a", None), ("b", "x"), ("c", "x")):
         request = make_request(name, list(range(10)))
-        request.cache_salt = salt
+        request.cache_keys = salt and CacheKeys(salt=salt)
         scheduler.add_request(request)
     assert step(scheduler).num_scheduled_tokens == {"a": 10, "b": 10, "c": 2}
 

@@ -1,7 +1,8 @@
 """Run a model on whole sequences through the real attention layer and paged torch backend.
 
 A stand-in for the runner: blocks are dealt out in a shuffled order, and a sequence may be fed in
-chunks, so that a test of a model also meets a cache that is not contiguous.
+chunks, so that a test of a model also meets a cache that is not contiguous. Of a model on several ranks each
+rank has a run of its own, which hands on to the next pipeline stage what that needs.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import torch
 
 from course_lib.attention.backend import make_backend
 from course_lib.attention.metadata import AttentionMetadata
-from course_lib.models.causal_lm import CausalLM
+from course_lib.models.causal_lm import CausalLM, IntermediateTensors
 
 BLOCK_SIZE = 4
 
 
 class PagedRun:
-    """A batch of sequences and their cache. `advance` feeds some tokens of each and returns logits."""
+    """A batch of sequences and their cache. `advance` feeds some tokens of each and returns logits, on the last
+    stage of a pipeline; nothing on others."""
 
     def __init__(self, model: CausalLM, sequences: Sequence[Sequence[int]], block_size: int = BLOCK_SIZE):
         self.model, self.block_size = model, block_size
@@ -66,9 +68,27 @@ class PagedRun:
             max_seq_len=int(seq_lens.max()),
         )
         metadata.plan = self.backend.plan(metadata)
-        logits = self.model.compute_logits(self.model(tokens, positions, metadata))
         self.computed = seq_lens
-        return list(logits.split(list(num_new)))
+        hidden = self._forward(tokens, positions, metadata)
+        if hidden is None:
+            return []
+        return list(self.model.compute_logits(hidden).split(list(num_new)))
+
+    def _forward(
+        self, tokens: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata
+    ) -> torch.Tensor | None:
+        parallel, pipeline = self.model.parallel, self.model.parallel.pipeline
+        received = None
+        if not parallel.is_first_stage:
+            norm = self.model.model.layers[self.model.model.stage.start].input_layernorm.weight
+            shape, source = (len(tokens), len(norm)), pipeline.rank - 1
+            received = IntermediateTensors(*(pipeline.receive(shape, norm.dtype, source) for _ in range(2)))
+        out = self.model(None if received else tokens, positions, metadata, intermediate=received)
+        if parallel.is_last_stage:
+            return out
+        pipeline.send(out.hidden, pipeline.rank + 1)
+        pipeline.send(out.residual, pipeline.rank + 1)
+        return None
 
     def all_logits(self) -> list[torch.Tensor]:
         """Every sequence in one go."""

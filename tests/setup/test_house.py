@@ -13,7 +13,7 @@ from course_lib.bootstrap.places import REPO_ROOT
 FLOORS = [  # finer than the table of CONTRIBUTING.md where a room uses its neighbours
     ("kernels", "errors"),
     ("bootstrap",),
-    ("sampling_params", "outputs", "model_store"),
+    ("sampling_params", "outputs", "model_store", "parallel"),
     ("config",),
     ("engine_args",),
     ("core",),

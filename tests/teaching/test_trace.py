@@ -167,12 +167,12 @@ def test_an_engine_that_runs_ahead_is_recorded_step_by_step(
     for name, prompt in PROMPTS.items():
         engine.add_request(name, prompt, greedy(12))
     tokens = {}
-    while engine.core._in_flight is None:  # until a step was launched ahead
+    while not engine.core._in_flight:  # until a step was launched ahead
         tokens |= {out.request_id: list(out.outputs[0].token_ids) for out in engine.step()}
     with record(engine) as trace:
         while engine.has_unfinished_requests():
             tokens |= {out.request_id: list(out.outputs[0].token_ids) for out in engine.step()}
-            assert engine.core._in_flight is None
+            assert not engine.core._in_flight
     assert tokens == expected
     assert all(step.execute_s > 0 and step.sampled for step in trace.steps)
     assert engine.core.executor.can_run_ahead
