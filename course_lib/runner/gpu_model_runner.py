@@ -4,8 +4,8 @@ Between launching a step and asking for its result the host is free, and may lau
 that the first one samples go from device to device. The host waits for the device in one place,
 `StepInFlight.result`, where it reads the sampled ids. A step is the replay of a CUDA graph (`step_graphs`), fed
 by one copy from pinned memory: of one kind for steps in which every request computes one token, of another for
-all others. Steps that collect prompt log-probabilities, and all steps under `enforce_eager` or of a model on
-several ranks, run eagerly.
+all others; a graph holds the collectives of a tensor-parallel group as well. Steps that collect prompt
+log-probabilities, and all steps under `enforce_eager`, of a pipeline, or with experts dealt out, run eagerly.
 
 Invariants: steps run on the device in the order in which they were launched, so a block that was freed and given
 to another request is written by its new owner last; at most one step is launched while another is in flight.
@@ -74,7 +74,7 @@ class GpuModelRunner(ModelRunner):
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Capture the graphs, once the cache is there; not under `enforce_eager`, not with the torch backend,
-        which plans on the host, and not of a model on several ranks, whose collectives no graph holds yet."""
+        which plans on the host, and not where ranks wait for each other's host."""
         if self._captures:
             others, decodes = capture(self._captured_steps(), self.device)
             self.graphs = decodes, others
@@ -87,8 +87,8 @@ class GpuModelRunner(ModelRunner):
     @property
     def _captures(self) -> bool:
         parallel = self.parallel
-        whole = parallel.tensor.size == parallel.pipeline.size == parallel.expert.size == 1
-        return whole and not self.config.enforce_eager and self.config.attention_backend == "triton"
+        alone = parallel.pipeline.size == parallel.expert.size == 1
+        return alone and not self.config.enforce_eager and self.config.attention_backend == "triton"
 
     def _captured_steps(self) -> list[CapturedStep]:
         """Of any numbers of tokens, and of one token each."""

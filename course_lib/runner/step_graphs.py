@@ -56,7 +56,8 @@ class StepGraphs:
                 stream.synchronize()
                 # torch.cuda.graph() collects garbage at every entry, which takes longer than the capture.
                 graph = torch.cuda.CUDAGraph()
-                graph.capture_begin(pool=pool)
+                # NCCL's watchdog thread queries events meanwhile, which the default mode would take for a mistake.
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 logits = run(size)
                 graph.capture_end()
                 self._graphs[size] = graph, logits
