@@ -25,6 +25,7 @@ _EXPORTS = {
     "explore_schedule": "explorers.schedule",
     "explore_requests": "explorers.requests",
     "explore_next_token": "explorers.next_token",
+    "explore_hits": "explorers.hit_rate",
     "show": "explorers.figures",
     "course_style": "explorers.style",
     "COURSE_STYLE": "explorers.style",
