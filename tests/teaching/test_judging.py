@@ -116,6 +116,26 @@ def test_diagnostics_are_tried_in_order(largest):
     assert judge(largest, ascending_too).diagnostic == "ascending"
 
 
+def test_a_right_result_is_not_told_a_symptom_of_a_wrong_one(largest):
+    @largest.symptom("anything", "It is wrong.")
+    def always(failure):
+        return failure.error is None
+
+    @largest.symptom("clears", "You clear the list.")
+    def clears(failure):
+        return "numbers" in failure.changed
+
+    def clearing(numbers, k):
+        best = right(numbers, k)
+        numbers.clear()
+        return best
+
+    del largest.diagnostics["in-place"]
+    assert judge(largest, clearing).diagnostic == "clears"
+    del largest.diagnostics["clears"]
+    assert "The result is right, but your code changed" in judge(largest, clearing).text()
+
+
 def test_an_error_names_the_line_of_the_notebook(largest):
     answer = in_notebook("""
         def helper(numbers):

@@ -21,6 +21,7 @@ from course_lib import LLMEngine, SamplingParams, cli
 from course_lib.core.block_pool import BlockPool
 from course_lib.teaching import catalogue, check, my_code, patched
 from course_lib.teaching.checking.exercise_file import Exercise
+from course_lib.teaching.learner import patching
 from course_lib.teaching.learner.patching import Patches, Place
 from course_lib.teaching.learner.session import current_session
 from tests.teaching.tiny_lesson import Notebook
@@ -117,6 +118,20 @@ def test_what_is_not_called_is_named(solved: Notebook, capsys) -> None:
         f"{CALLED}1: your code ran in 1, the course's in 0.\n"
         "  01.1  course_lib.sampling.draw:draw  1 call\n"
         "  yours, but not called: 01.2\n"
+    )
+
+
+def test_an_adapter_that_does_without_the_answer_is_the_course_s_code(solved, monkeypatch, capsys) -> None:
+    answer_to = patching._adapted
+
+    def adapted(exercise, place, answer):
+        return answer_to(exercise, place, answer) if exercise.id == "01.2" else place.raw
+
+    monkeypatch.setattr(patching, "_adapted", adapted)
+    with my_code():
+        course_lib.sampling.sampler.draw(torch.eye(2), {}, torch.Generator())
+    assert capsys.readouterr().out == (
+        f"{CALLED}1: your code ran in 0, the course's in 1.\n  yours, but not called: 01.1, 01.2\n"
     )
 
 

@@ -10,7 +10,7 @@ import copy
 import functools
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from course_lib.teaching.checking.answer_code import does_nothing, hidden_builtins
@@ -162,13 +162,18 @@ def _told(trials: _Trials, i: int, failure: Failure) -> Verdict:
     """The verdict on an answer that fails in case i."""
     exercise, notes = trials.exercise, trials.notes(trials.outcome(i))
     name = None
-    if found := next((d for d in exercise.diagnostics.values() if _applies(d, trials, i, failure)), None):
+    is_right = not failure.error and trials.same(i, failure.got, failure.expected)
+    candidates = exercise.diagnostics.values()
+    if is_right:  # a symptom of the result takes for granted that it is wrong: only those of the change count
+        unchanged = replace(failure, changed=())
+        candidates = [d for d in candidates if d.kind != "symptom" or not _applies(d, trials, i, unchanged)]
+    if found := next((d for d in candidates if _applies(d, trials, i, failure)), None):
         kind, message, name = "mistake", found.message, found.name
         if failure.error:
             message += "\n" + _about_error(failure.error, trials.answer)[1]
     elif failure.error:
         kind, message = _about_error(failure.error, trials.answer)
-    elif trials.same(i, failure.got, failure.expected):
+    elif is_right:
         kind, message = "wrong", "The result is right, but your " + _about_changes(failure)
     else:
         kind, message = _about_result(failure, exercise)

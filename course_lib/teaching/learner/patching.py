@@ -96,12 +96,16 @@ def patched(exercise: Exercise, answer: Any) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Served:
-    """A target, whose code stands there, and a counter: its next value is the number of calls so far."""
+    """A target and who serves it. A counter's next value is the number of calls so far."""
 
     exercise_id: str
     target: str
-    is_yours: bool
-    calls: Iterator[int]
+    calls: Iterator[int]  # of the target
+    own_calls: Iterator[int] | None  # of your code in it, which what adapts it may not need; None: the course's
+
+    @property
+    def is_yours(self) -> bool:
+        return self.own_calls is not None
 
 
 @contextmanager
@@ -149,33 +153,42 @@ def _install(session: Session, patches: Patches, file: TextIO | None) -> list[Se
             place = Place.of(target)
         except ImportError:
             continue  # needs a package that is not there: nothing here can call it
-        function, exercise = _function_in(place.raw), course_exercise
+        function, exercise, own_calls = _function_in(place.raw), course_exercise, None
         if target in answers:
             exercise, answer = answers[target]
+            own_calls, answer = _counted(answer, patches)
             function = _adapted(exercise, place, answer)
-        served.append(Served(exercise.id, target, target in answers, _put_counted(patches, place, function)))
+        served.append(Served(exercise.id, target, _put_counted(patches, place, function), own_calls))
     return served
 
 
-def _put_counted(patches: Patches, place: Place, function: Any) -> Iterator[int]:
+def _counted(function: Any, patches: Patches) -> tuple[Iterator[int], Any]:
+    """A counter of the calls of a function, or of a class's instances, and what to use in its place."""
     calls = itertools.count()
-    if isinstance(function, type):
-        patches.put(place, function)
-        place, function = Place(function, "__init__", vars(function).get("__init__")), function.__init__
+    inner = function.__init__ if isinstance(function, type) else function
 
-    @functools.wraps(function)
+    @functools.wraps(inner)
     def counted(*args: Any, **kwargs: Any) -> Any:
         next(calls)
-        return function(*args, **kwargs)
+        return inner(*args, **kwargs)
 
-    patches.put(place, _like(place.raw, counted))
+    if isinstance(function, type):
+        patches.put(Place(function, "__init__", vars(function).get("__init__")), counted)
+        return calls, function
+    return calls, counted
+
+
+def _put_counted(patches: Patches, place: Place, function: Any) -> Iterator[int]:
+    calls, counted = _counted(function, patches)
+    patches.put(place, counted if isinstance(function, type) else _like(place.raw, counted))
     return calls
 
 
 def _badge(served: list[Served]) -> str:
     """How many of the targets were called, and whose code stood in them; below, yours one by one."""
     called = [(one, count) for one in served if (count := next(one.calls))]
-    yours = sorted((one.exercise_id, one.target, count) for one, count in called if one.is_yours)
+    ran = {one.exercise_id for one in served if one.is_yours and next(one.own_calls)}
+    yours = sorted((one.exercise_id, one.target, count) for one, count in called if one.exercise_id in ran)
     names = {name for name, _, _ in yours}
     idle = sorted(f"{one.exercise_id}{_when_called(one)}" for one in served
                   if one.is_yours and one.exercise_id not in names)
