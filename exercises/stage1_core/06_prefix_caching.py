@@ -21,7 +21,10 @@ the_time = Question(
     "A server helps its model with the time and puts “It is 14:03.” in front of the letter. Four requests come, a minute "
     "apart, so that one digit differs. Of each prompt's 278 tokens, how many do the second, third and fourth find?",
     [
-        Choice("256 as before: the letter is the same", "The letter's tokens are the same. Their keys and values are not."),
+        Choice(
+            "256, the letter's full blocks: the letter is the same",
+            "The letter's tokens are the same. Their keys and values are not.",
+        ),
         Choice(
             "about 250: all but the block with the digit in it",
             "The keys of everything behind the digit were computed by a model that had read another digit, in every layer "
@@ -39,8 +42,8 @@ the_time = Question(
 baseline = Question(
     "06.b",
     "vLLM's example builds an engine, LLM(model=…), has it answer the four prompts in one call and names that the baseline. "
-    "Then it builds a second one with enable_prefix_caching=True. Of the prompts' 1,078 tokens, how many does the baseline "
-    "compute?",
+    "Then it builds a second one with enable_prefix_caching=True and warms it with the first prompt. Of the prompts' 1,078 "
+    "tokens, how many does the baseline compute?",
     [
         Choice(
             "1,078: nobody switched the cache on",
@@ -63,7 +66,7 @@ baseline = Question(
 
 which_layers = Question(
     "06.c",
-    "The third letter begins with two blocks of its own and goes on with blocks from Paris, which hold the tokens that it "
+    "The third letter begins with two blocks that are right for it and goes on with blocks from Paris, which hold the tokens that it "
     "has itself, at the same positions. In which layers are the keys in those blocks not its own?",
     [
         Choice("in all 30", "Layer 0 makes a key from the token and its position, and both are the same."),
@@ -107,11 +110,11 @@ reuse = Exercise(
 
 @reuse.cases
 def _(rng: random.Random) -> Iterator[Case]:
-    yield Case("Paris again", PARIS, PARIS, 4)
+    yield Case("Paris again", PARIS, [*PARIS], 4)
     yield Case("Lyon after Paris", LYON, PARIS, 4)
     yield Case("Rome after Paris", ROME, PARIS, 4)
     eight = [rng.randrange(1000) for _ in range(8)]
-    yield Case("eight tokens, and the same eight again", eight, eight, 4)
+    yield Case("eight tokens, and the same eight again", eight, [*eight], 4)
     yield Case("one more token than is cached", [*eight, 5], eight, 4)
     yield Case("one token less than is cached", eight[:7], eight, 4)
     yield Case(
@@ -205,9 +208,21 @@ def _(prompt, cached, size):
     return max(_common(prompt, cached) // size - 1, 0) * size
 
 
-def _slices(prompt, cached, size) -> int:
+for _name, _least in (("whole-block-less", 0), ("whole-block-less-than-none", -math.inf)):
+
+    @reuse.mistake(
+        _name,
+        "You give up a block wherever the whole prompt is in the cached text. If it ends inside a block, that block is computed "
+        "anyway: limit the tokens to len(prompt) - 1 first, then cut to whole blocks.",
+    )
+    def _(prompt, cached, size, least=_least):
+        common = _common(prompt, cached)
+        return max(common // size * size - size * (common == len(prompt)), least)
+
+
+def _slices(prompt, cached, size, left=0) -> int:
     """Equal slices of a block's length, the last of which may be shorter."""
-    blocks = range(0, len(prompt), size)
+    blocks = range(0, len(prompt) - left, size)
     return size * sum(
         1 for _ in itertools.takewhile(lambda at: prompt[at : at + size] == cached[at : at + size], blocks)
     )
@@ -229,12 +244,20 @@ def _(prompt, cached, size):
     return min(_slices(prompt, cached, size), len(prompt) - 1)
 
 
-@reuse.mistake(
-    "as-sets",
-    "Sets know no order and no place. Compare the texts from the front, and stop at the first token that differs.",
-)
-def _(prompt, cached, size):
-    return len({*prompt} & {*cached}) // size * size
+reuse.mistake(
+    "short-slices-of-the-rest",
+    "You count a block that is not full: two short slices are equal, too. Stop where fewer than block_size tokens are left "
+    "in the prompt.",
+)(functools.partial(_slices, left=1))
+
+
+for _name, _left in (("as-sets", 0), ("as-sets-one-left", 1)):
+
+    @reuse.mistake(
+        _name, "Sets know no order and no place. Compare the texts from the front, and stop at the first token that differs."
+    )
+    def _(prompt, cached, size, left=_left):
+        return min(len({*prompt} & {*cached}), len(prompt) - left) // size * size
 
 
 @reuse.mistake(
@@ -374,10 +397,10 @@ def _four_behind(length: int, *tails: int) -> list[list[int]]:
 def _(answer):
     from course_lib.teaching.learner.patching import patched
 
-    prompts = _four_behind(265, 4, 6, 4, 4)
+    prompts = _four_behind(264, 5, 7, 5, 5)
     with patched(reuse, answer):
         counts = [sum(step.scheduled.values()) for step in _rehearse(prompts).steps]
-    print(f"In the engine, four prompts behind 265 common tokens: {counts} are computed.")
+    print(f"In the engine, four prompts behind 264 common tokens: {counts} are computed.")
 
 
 # ---- 06.2 tables that share blocks ------------------------------------------------------------------
@@ -403,7 +426,7 @@ tables = Exercise(
 @tables.cases
 def _(rng: random.Random) -> Iterator[Case]:
     yield Case("Paris, Lyon and Rome in blocks of four", [PARIS, LYON, ROME], 4)
-    yield Case("Paris, and Paris again", [PARIS, PARIS], 4)
+    yield Case("Paris, and Paris again", [PARIS, [*PARIS]], 4)
     yield Case(
         "a text that goes on with a block of another's",
         [[1, 2, 3, 4, 5, 6, 7], [8, 2, 1, 1, 3, 4, 5, 6], [1, 2, 9, 9, 5, 6, 3]],
@@ -418,6 +441,9 @@ def _(rng: random.Random) -> Iterator[Case]:
     yield Case("a text that repeats itself", [[1, 2, 1, 2, 1, 2, 1]], 2)
     yield Case("a shorter one, then one that goes on", [[1, 2, 3, 4], [1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6, 7]], 2)
     yield Case("blocks of one token", [[5, 6, 7], [5, 6, 8], [5, 6]], 1)
+    yield Case("two beginnings and one way to go on", [[1, 2, 5, 6, 9], [3, 4, 5, 6, 9], [3, 4, 5, 6, 8]], 2)
+    yield Case("a text that begins as another goes on", [[1, 1, 2, 2, 9], [2, 2, 9]], 2)
+    yield Case("the same two tokens in the other order", [[1, 2, 9], [2, 1, 9]], 2)
     for _ in range(3):
         size = rng.choice((2, 3, 4))
         stem = [rng.randrange(9) for _ in range(5 * size)]
@@ -426,6 +452,9 @@ def _(rng: random.Random) -> Iterator[Case]:
             own = [rng.randrange(9) for _ in range(rng.randint(0, 2 * size))]
             prompts.append([*stem[: rng.randint(1, len(stem))], *own])
         yield Case("random prompts with common beginnings", prompts, size)
+        here, there = ([first, *(rng.randrange(9) for _ in range(size - 1))] for first in (10, 11))
+        yield Case("a random text behind one beginning, and twice behind another",
+                   [here + stem, there + stem, there + stem], size)  # fmt: skip
 
 
 @tables.expected
@@ -487,11 +516,6 @@ def _mistakes(exercise: Exercise, base: Callable, mistakes: dict[str, tuple[str,
 
 
 _mistakes(tables, _tables, {
-    "by-own-tokens": (
-        "You share blocks that hold the same tokens, whatever stands before them. Their keys differ wherever an earlier "
-        "token does: two blocks are the same when the texts from the first token to their ends are.",
-        {"key": "block"},
-    ),
     "half-filled": (
         "You share a block that is not full. Its next free slot would be written to by both requests: only full blocks are "
         "shared.",
@@ -560,7 +584,7 @@ def _(failure):
     return isinstance(failure.got, dict) or any(isinstance(one, int) for one in failure.got)
 
 
-def _by_comparing(prompts, size, *, flat=False, youngest=False, up=False):
+def _by_comparing(prompts, size, *, flat=False, youngest=False, up=False, first=False):
     """Each prompt against all earlier ones: the longest common beginning wins, the oldest of equals."""
     made, count = [], 0
     for number, tokens in enumerate(prompts):
@@ -568,7 +592,7 @@ def _by_comparing(prompts, size, *, flat=False, youngest=False, up=False):
         for j in range(number):
             common = min(_common(tokens, prompts[j]), len(tokens) - 1)
             whole = -(-common // size) if up else common // size
-            if whole > best or youngest and whole == best:
+            if (whole > best or youngest and whole == best) and not (first and best):
                 best, source = whole, j
         table = [] if source is None else made[source][:best]
         while len(table) * size < len(tokens):
@@ -585,6 +609,11 @@ tables.mistake(
     "You share the block in which two texts part, and the one that comes second would write its own tokens into it. Only "
     "blocks that agree to their very end are shared: round down.",
 )(functools.partial(_by_comparing, up=True))
+tables.mistake(
+    "first-that-fits",
+    "You share with the first earlier prompt that has a block in common. A later one may have more: take the longest common "
+    "beginning.",
+)(functools.partial(_by_comparing, first=True))
 
 
 @tables.wrong("same-list")
@@ -619,23 +648,79 @@ def _(failure):
     return all(texts[one] == texts[other] for one, other in pairs)
 
 
+def _unlike(failure) -> list[tuple[list[list[int]], list[list[int]]]]:
+    """Pairs of places with one number and different texts up to their ends, each text in blocks: the first and a later."""
+    prompts, size = failure.args
+    texts, pairs = {}, []
+    for tokens, table in zip(prompts, failure.got, strict=True):
+        blocks = [tokens[at : at + size] for at in range(0, len(tokens), size)]
+        for index, block in enumerate(table):
+            text = blocks[: index + 1]
+            if texts.setdefault(block, text) != text:
+                pairs.append((texts[block], text))
+    return pairs
+
+
 @tables.symptom(
-    "shares-unlike",
-    "You share a block between prompts that differ before its end. Its keys were made from all that stands there: two blocks "
-    "are the same when the texts from the first token to their ends are.",
+    "number-twice",
+    "One number stands for two blocks with other tokens, at other places of their texts. A new block takes a number that no "
+    "block has had: your numbering does not count every block that is taken.",
 )
 def _(failure):
-    prompts, size = failure.args
-    texts = {}
-    for tokens, table in zip(prompts, failure.got, strict=True):
-        for index, block in enumerate(table):
-            text = tokens[: (index + 1) * size]
-            if texts.setdefault(block, text) != text:
-                return True
-    return False
+    return any(len(one) != len(other) and one[-1] != other[-1] for one, other in _unlike(failure))
 
 
-tables.wrong("shares-unlike")(functools.partial(_tables, key="block", keep="newest", offers_last=False))
+@tables.symptom(
+    "by-own-tokens",
+    "You share blocks that hold the same tokens, whatever stands before them. Their keys differ wherever an earlier "
+    "token does: two blocks are the same when the texts from the first token to their ends are.",
+)
+def _(failure):
+    pairs = _unlike(failure)
+    return (pairs and all(one[-1] == other[-1] for one, other in pairs)
+            and any(one[-2:-1] != other[-2:-1] for one, other in pairs))  # fmt: skip
+
+
+@tables.symptom(
+    "shares-unlike",
+    "You share a block between places whose texts from the first token on differ. Its keys were made from all that stands "
+    "there: two blocks are the same when the texts from the first token to their ends are.",
+)
+def _(failure):
+    return bool(_unlike(failure))
+
+
+def _known_by(key: Callable, number: Callable | None = None) -> Callable:
+    """An answer that knows a full block by key(tokens, its beginning, its end), and stops at the first it does not know."""
+
+    def answer(prompts, size):
+        made, known, count = [], {}, 0
+        for tokens in prompts:
+            table, hit = [], True
+            for at in range(0, len(tokens), size):
+                mine, full = key(tokens, at, at + size), at + size <= len(tokens)
+                hit = hit and mine in known and at + size < len(tokens)
+                if not hit:
+                    if full:
+                        known.setdefault(mine, number(known) if number else count)
+                    table.append(number(known) - 1 if number else count)
+                    count += 1
+                else:
+                    table.append(known[mine])
+            made.append(table)
+        return made
+
+    return answer
+
+
+tables.accepts(_known_by(lambda tokens, at, end: tuple(tokens[:end])))
+tables.wrong("by-own-tokens")(functools.partial(_tables, key="block"))
+tables.wrong("by-own-tokens")(functools.partial(_tables, key="block", keep="newest", offers_last=False))
+tables.wrong("by-own-tokens")(_known_by(lambda tokens, at, end: tuple(tokens[at:end])))
+tables.wrong("by-own-tokens")(_known_by(lambda tokens, at, end: (at, *tokens[at:end])))
+tables.wrong("shares-unlike")(_known_by(lambda tokens, at, end: (at, sum(tokens[:end]))))
+tables.wrong("shares-unlike")(_known_by(lambda tokens, at, end: tuple(tokens[max(0, 2 * at - end) : end])))
+tables.wrong("number-twice")(_known_by(lambda tokens, at, end: tuple(tokens[:end]), number=len))
 tables.wrong("newest-twin")(functools.partial(_tables, keep="newest"))
 tables.wrong("newest-twin")(functools.partial(_by_comparing, youngest=True))
 
@@ -663,7 +748,7 @@ def _(prompts, block_size):
 
 @tables.look
 def _(answer):
-    prompts = [*_four_behind(265, 4, 6, 4, 4), *_four_behind(32, 0, 0)]
+    prompts = [*_four_behind(264, 5, 7, 5, 5), *_four_behind(32, 0, 0)]
     step = _rehearse(prompts, batches=True).steps[0]
     theirs = [list(table) for table in step.block_tables.values()]
     taken = len(set(sum(theirs, [])))
@@ -841,10 +926,26 @@ def _(rng: random.Random) -> Iterator[Case]:
     )
 
 
+_WRONG_IN = "wrong in key_cache", "wrong in value_cache"
+
+
+def _slots(table, start, num_new, block_size) -> list[tuple[int, int]]:
+    """(block, offset) of the chunk's tokens."""
+    return [(int(table[p // block_size]), p % block_size) for p in range(start, start + num_new)]
+
+
 @chunk.run
 def _(answer, query, key, value, key_cache, value_cache, table, start, scale):
-    attention = answer(query, key, value, key_cache, value_cache, table, start, scale)
-    return {"attention": attention, "key_cache": key_cache, "value_cache": value_cache}
+    """The attention, and of each cache what it should not hold: {(block, offset): [Hkv, D]}."""
+    right = key_cache.clone(), value_cache.clone()
+    for cache, rows in zip(right, (key, value), strict=True):
+        for slot, row in zip(_slots(table, start, len(rows), cache.shape[1]), rows, strict=True):
+            cache[slot] = row
+    found = {"attention": answer(query, key, value, key_cache, value_cache, table, start, scale)}
+    for name, cache, wanted in zip(_WRONG_IN, (key_cache, value_cache), right, strict=True):
+        wrong = (cache != wanted).flatten(2).any(-1).nonzero().tolist()
+        found[name] = {(block, offset): cache[block, offset] for block, offset in wrong}
+    return found
 
 
 @chunk.expected
@@ -861,7 +962,7 @@ def _(query, key, value, key_cache, value_cache, table, start, scale):
             for cache in (key_cache, value_cache)
         )
         attention[i, h] = ((keys @ query[i, h].double() * scale).softmax(0) @ values).float()
-    return {"attention": attention, "key_cache": key_cache, "value_cache": value_cache}
+    return {"attention": attention, **{name: {} for name in _WRONG_IN}}
 
 
 def _chunk(query, key, value, key_cache, value_cache, table, start, scale, *, write="before", at="start", both=True,
@@ -1027,11 +1128,14 @@ def _(failure):
 
 @chunk.symptom(
     "not-written",
-    "The new keys and values are not in the cache afterwards. Assign to key_cache[blocks, offsets]. (flatten and reshape "
+    "The new keys, or the new values, are not in the cache afterwards. Assign to key_cache[blocks, offsets]. (flatten and reshape "
     "would give you a copy here, since the engine stores a block head by head.)",
 )
 def _(failure):
-    return torch.equal(failure.got["key_cache"], failure.args[3])
+    return any(
+        wrong and all(torch.equal(row, before[slot]) for slot, row in wrong.items())
+        for wrong, before in zip((failure.got[name] for name in _WRONG_IN), failure.args[3:5], strict=True)
+    )
 
 
 @chunk.symptom(
@@ -1040,7 +1144,9 @@ def _(failure):
     "and only positions start to start + n - 1 are to be written.",
 )
 def _(failure):
-    return not all(torch.equal(failure.got[name], failure.expected[name]) for name in ("key_cache", "value_cache"))
+    query, *_, cache, _, table, start, _ = failure.args
+    own = _slots(table, start, len(query), cache.shape[1])
+    return any(slot not in own for name in _WRONG_IN for slot in failure.got[name])
 
 
 @chunk.symptom(

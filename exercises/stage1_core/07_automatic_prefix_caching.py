@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from hashlib import sha256
 
 from course_lib.core.block_pool import BlockPool, KVBlock
+from course_lib.teaching.checking.comparing import difference
 from course_lib.teaching.checking.exercise_file import Case, Choice, Exercise, Question
 
 # ---- questions ----------------------------------------------------------------------------------
@@ -33,8 +34,8 @@ a_quarter_less = Question(
 
 beginning_first = Question(
     "07.b",
-    "24 questions in random order, in 20 blocks, which hold not quite two of the four pages. You change one word: a request "
-    "gives back its first block first, not its last. What happens to the share of tokens found?",
+    "24 questions about the four pages in random order, in 20 blocks, which hold not quite two pages. The engine has a request "
+    "give back its last block first. Let it give back its first block first: what happens to the share of tokens found?",
     [
         Choice(
             "It stays the same: as many blocks are kept as before.",
@@ -121,8 +122,11 @@ def _(rng: random.Random) -> Iterator[Case]:
 
 @chain.run
 def _(answer, hashes, tokens, block_size, root, name):
+    before = list(hashes)
     result = answer(hashes, tokens, block_size, root, name)
-    return hashes if result is None else {"returned": result, "hashes": hashes}
+    if result is not None and hashes == before != _named(tokens, block_size, root):
+        return {"returned": result, "hashes": hashes}
+    return hashes  # the engine ignores the result
 
 
 @chain.expected
@@ -185,7 +189,9 @@ def _make_chain(*, start="known", parent="last", full="whole", tokens_of="block"
                 "slide": tokens[i : i + size],
             }[tokens_of]
             front = hashes[-1] if hashes else root
-            hashes.append(name({"last": front, "root": root, "first": before, "fresh": root if i == known else front}[parent], own))
+            fronts = {"last": front, "root": root, "first": before, "fresh": root if i == known else front,
+                      "block 0": hashes[0] if hashes else root}  # fmt: skip
+            hashes.append(name(fronts[parent], own))
 
     return extend
 
@@ -200,6 +206,11 @@ chain.mistake(
     "All new blocks get the same parent, the name that was last when you began. The parent of a block is the name right in "
     "front of it, which may be one you have appended a moment ago.",
 )(_make_chain(parent="first"))
+chain.mistake(
+    "parent-is-block-0",
+    "The parent of every block is the name of block 0, hashes[0]. It must be the name right in front of the block, which "
+    "stands for everything before: hashes[-1].",
+)(_make_chain(parent="block 0"))
 chain.mistake(
     "starts-over",
     "When some blocks have names already, your next one begins at root again. Its parent is the last name in `hashes`.",
@@ -272,12 +283,6 @@ def _(hashes, tokens, size, root, name):
     return _named(tokens, size, root, name)
 
 
-@chain.wrong("returns")
-def _(hashes, tokens, size, root, name):
-    _make_chain()(hashes, tokens, size, root, name)
-    return hashes
-
-
 @chain.wrong("rebinds")
 def _(hashes, tokens, size, root, name):
     hashes = _named(tokens, size, root, name)  # noqa: F841
@@ -308,6 +313,13 @@ def _(hashes, tokens, size, root, name):
 
 
 chain.accepts(_make_chain())
+
+
+@chain.accepts
+def _(hashes, tokens, size, root, name):
+    """In place, and returned as well."""
+    _make_chain()(hashes, tokens, size, root, name)
+    return hashes
 
 
 @chain.accepts
@@ -381,9 +393,10 @@ queue = Exercise(
 @queue.cases
 def _(rng: random.Random) -> Iterator[Case]:
     yield Case("three blocks, none leaves", 3, [])
-    yield Case("the first leaves", 3, [("popleft", None)])
-    yield Case("one leaves in the middle", 3, [("remove", 1)])
+    yield Case("one leaves in the middle", 3, [("remove", 1)])  # what is wrong in remove shows before popleft
+    yield Case("the first is removed", 3, [("remove", 0)])
     yield Case("the last one leaves", 3, [("remove", 2)])
+    yield Case("the first leaves", 3, [("popleft", None)])
     yield Case("one leaves and comes back", 3, [("remove", 1), ("append", 1)])
     yield Case("the only block leaves and comes back", 1, [("popleft", None), ("append", 0), ("remove", 0), ("append", 0)])
     for _ in range(3):
@@ -447,14 +460,17 @@ def _books(returned, line, blocks, model):
     backward, at = [], blocks[model[-1]] if model else None
     while at is not None and at.block_id >= 0 and len(backward) < limit:
         backward.append(at.block_id)
-        at = at.prev
+        at = getattr(at, "prev", None)
     outside = [one for one in blocks if one.block_id not in model]
-    linked = [one.block_id for one in outside if one.prev is not None or one.next is not None]
+    whole = [one for one in outside if hasattr(one, "prev") and hasattr(one, "next")]
+    linked = [one.block_id for one in whole if one.prev is not None or one.next is not None]
     books = {"returned": returned, "from the front": forward, "from the back": backward,
              "num_blocks": line.num_blocks, "outside, but linked": linked}  # fmt: skip
     ends = [getattr(line, name, None) for name in ("head", "tail")]
     if any(isinstance(end, KVBlock) and end.block_id >= 0 for end in ends):
         books["head and tail"] = [getattr(end, "block_id", None) for end in ends]
+    if len(whole) < len(outside):
+        books["without prev or next"] = [one.block_id for one in outside if one not in whole]
     return books
 
 
@@ -503,6 +519,16 @@ def _(got, right):
 @_when()
 def _(got, right):
     return "head and tail" in got
+
+
+@queue.symptom(
+    "deletes-the-arrows",
+    "A block that has left the queue has no prev or no next any more. Both must exist and be None: block.prev = None, not "
+    "del block.prev.",
+)
+@_when()
+def _(got, right):
+    return "without prev or next" in got
 
 
 @queue.symptom(
@@ -576,11 +602,22 @@ def _(got, right):
 
 
 @queue.symptom(
+    "one-way-popleft",
+    "popleft changes only one of the two arrows at the front: seen from one end the block is gone, from the other it is not. "
+    "self.head.next must become the second block, and that block's prev self.head: self.remove(first) does both.",
+)
+@_when("popleft")
+def _(got, right):
+    front, back = got["from the front"], got["from the back"]
+    return front != back[::-1] and right["from the front"] in (front, back[::-1])
+
+
+@queue.symptom(
     "one-way-remove",
     "A neighbour still points at the block that left: seen from one end it is gone, from the other it is not. Both must "
     "change: block.prev.next and block.next.prev.",
 )
-@_when("remove", "popleft")
+@_when("remove")
 def _(got, right):
     front, back = got["from the front"], got["from the back"]
     return front != back[::-1] and right["from the front"] in (front, back[::-1])
@@ -589,7 +626,7 @@ def _(got, right):
 @queue.symptom(
     "not-counted",
     "num_blocks is not the number of blocks in the queue. The scheduler decides by it who may join: one more in append, one "
-    "less in remove.",
+    "less in remove (and in popleft, if that does not call remove).",
 )
 @_when()
 def _(got, right):
@@ -684,6 +721,34 @@ class _SelfLink(_Line):
         block.prev = self.tail.prev
         block.next = self.tail
         self.num_blocks += 1
+
+
+@queue.wrong("deletes-the-arrows")
+class _Deletes(_Line):
+    def remove(self, block):
+        block.prev.next, block.next.prev = block.next, block.prev
+        del block.prev, block.next
+        self.num_blocks -= 1
+
+
+@queue.wrong("one-way-popleft")
+class _PopsOneWay(_Line):
+    def popleft(self):
+        first = self.head.next
+        self.head.next = first.next
+        first.prev = first.next = None
+        self.num_blocks -= 1
+        return first
+
+
+@queue.wrong("one-way-popleft")
+class _PopsTheOtherWay(_Line):
+    def popleft(self):
+        first = self.head.next
+        first.next.prev = self.head
+        first.prev = first.next = None
+        self.num_blocks -= 1
+        return first
 
 
 @queue.wrong("moves-the-ends")
@@ -1181,19 +1246,49 @@ class ShortName:
 
 @forge.cases
 def _(rng: random.Random) -> Iterator[Case]:
-    for bits, size, vocab in ((6, 4, 50), (8, 4, 100), (10, 16, 49152), (12, 16, 49152), (12, 4, 60)):
+    for bits, size, vocab in ((6, 4, 50), (8, 4, 100), (10, 16, 49152), (12, 16, 49152), (12, 4, 60), (6, 16, 2)):
         name = ShortName(bits)
         parent = rng.randrange(2**bits)
         target = name(parent, [rng.randrange(vocab) for _ in range(size)])
         yield Case(f"names of {bits} bits, blocks of {size}, {vocab:,} tokens", target, parent, size, vocab, name)
 
 
+class _Counted:
+    """A ShortName that counts, and ends a search that nothing else would. One is in use at a time."""
+
+    most = 100_000  # 2**12 are expected
+    calls = 0
+
+    def __init__(self, name):
+        self.name, _Counted.calls = name, 0
+
+    def __call__(self, parent, tokens):
+        _Counted.calls += 1
+        if _Counted.calls > self.most:
+            raise _NoEnd
+        return self.name(parent, tokens)
+
+
+class _NoEnd(BaseException):
+    """Ends a search that catches every Exception, too."""
+
+
+NO_END = f"no result after {_Counted.most:,} tries"
+
+
+@forge.run
+def _(answer, target, parent, block_size, vocab_size, name):
+    try:
+        return answer(target, parent, block_size, vocab_size, _Counted(name))
+    except _NoEnd:
+        return NO_END
+
+
 @forge.expected
 def _(target, parent, block_size, vocab_size, name):
-    for last in itertools.product(range(vocab_size), repeat=3 if block_size > 2 else 2):
-        tokens = [0] * (block_size - len(last)) + list(last)
-        if name(parent, tokens) == target:
-            return tokens
+    for ids in itertools.product(range(vocab_size), repeat=block_size):
+        if name(parent, ids) == target:
+            return list(ids)
 
 
 @forge.same
@@ -1209,6 +1304,28 @@ def _plain(got):
     if isinstance(got, str) or ids != list(got):
         raise TypeError
     return ids
+
+
+def _stopped(failure):
+    return type(failure.error).__name__ == "TookTooLong"
+
+
+@forge.symptom(
+    "tries-none",
+    "You had not asked for a single name when the time was up. If you were still making candidates: there are too many to make "
+    "them all first. Try each as you make it.",
+)
+def _(failure):
+    return _stopped(failure) and not _Counted.calls
+
+
+@forge.symptom(
+    "never-changes",
+    "Your search goes on and on; about 2**bits tries should do. Does every try take other tokens, and do so many of them vary "
+    "that there are more than 2**bits blocks to try?",
+)
+def _(failure):
+    return _stopped(failure) or failure.got == NO_END
 
 
 @forge.symptom(
@@ -1234,6 +1351,15 @@ def _(failure):
 )
 def _(failure):
     return len(failure.got) != failure.args[2]
+
+
+@forge.symptom(
+    "one-too-far",
+    "Some of your ids are vocab_size itself, which is no token: the last one is vocab_size - 1. (random.randint(a, b) draws b "
+    "as well, random.randrange(b) does not.)",
+)
+def _(failure):
+    return max(failure.got) == failure.args[3] and min(failure.got) >= 0
 
 
 @forge.symptom(
@@ -1264,14 +1390,6 @@ def _(failure):
     return name(parent, _plain(failure.got)) != target
 
 
-@forge.symptom(
-    "never-changes",
-    "Your search has not ended after three seconds. Does every try take other tokens? About 2**bits of them should do.",
-)
-def _(failure):
-    return type(failure.error).__name__ == "TookTooLong"
-
-
 def _search(*, tries=None, vary=None, size=0, vocab=1, parent_is="given", fresh=True, gives="tokens"):
     """The solution with its joints exposed."""
 
@@ -1297,6 +1415,22 @@ forge.wrong("not-a-block")(_search(size=-1))
 forge.wrong("no-such-token")(_search(vocab=1000))
 forge.wrong("other-parent")(_search(parent_is="zero"))
 forge.wrong("never-changes")(_search(fresh=False))
+forge.wrong("never-changes")(_search(vary=0))
+
+
+@forge.wrong("one-too-far")
+def _(target, parent, block_size, vocab_size, name):
+    while True:
+        ids = [random.randint(0, vocab_size) for _ in range(block_size)]
+        if name(parent, ids) == target:
+            return ids
+
+
+@forge.wrong("tries-none")
+def _(target, parent, block_size, vocab_size, name):
+    candidates = 0
+    while candidates < vocab_size**block_size:  # as if all were made first, without the memory that it takes
+        candidates += block_size > 4
 
 
 @forge.wrong("gave-up")
@@ -1395,6 +1529,7 @@ def _(rng: random.Random) -> Iterator[Case]:
     yield Case("three levels deep", _chains("spcx", "spdy", "spcz", "spdw"))
     yield Case("one prompt is the beginning of another that came first", _chains("abc", "x", "ab", "abd"))
     yield Case("the same prompt twice", _chains("ab", "cd", "ab", "ce"))
+    yield Case("the same prompt twice, and a longer one between", _chains("s", "sa", "s"))
     yield Case("prompts shorter than a block have no name", _chains("", "ab", "", "ac"))
     yield Case("three of b, two of a", _chains("ax", "bx", "by", "az", "bz"))
     for _ in range(5):
@@ -1406,15 +1541,36 @@ def _(rng: random.Random) -> Iterator[Case]:
 def _(chains):
     """As it is said: walk the tree of prefixes; branches, and those that end here, in the order of their first."""
 
+    return _walk(chains)
+
+
+def _walk(chains, one_end=False):
+    """one_end: the requests that end at the same place are one branch, not one each."""
+
     def walk(members, depth):
         branches: dict[object, list[int]] = {}
         for i in members:  # in order of arrival, so the branches are too
             ends = len(chains[i]) == depth
-            branches.setdefault(("ends", i) if ends else chains[i][depth], []).append(i)
+            branches.setdefault(("ends", 0 if one_end else i) if ends else chains[i][depth], []).append(i)
         for key, group in branches.items():
             yield from group if isinstance(key, tuple) else walk(group, depth + 1)
 
     return list(walk(range(len(chains)), 0))
+
+
+@order.same
+def _(got, expected, case):
+    """Either reading of a branch of its own: the hits are the same."""
+    readings = [_walk(*case.args), _walk(*case.args, one_end=True)]
+    return any(difference(got, one) is None for one in (readings if expected in readings else [expected]))
+
+
+@order.symptom(
+    "no-list",
+    "Return a list: the requests' numbers, in the order in which they should be asked.",
+)
+def _(failure):
+    return failure.got is not None and not isinstance(failure.got, list | tuple)
 
 
 @order.symptom(
@@ -1518,7 +1674,12 @@ def _(failure):
     "branch whose first request came first goes first.",
 )
 def _(failure):
-    return failure.error is None
+    return isinstance(failure.got, list | tuple) and not order.same_function(failure.got, failure.expected, failure.case)
+
+
+@order.wrong("no-list")
+def _(chains):
+    yield from _walk(chains)
 
 
 @order.wrong("chains-themselves")
@@ -1551,6 +1712,19 @@ def _(chains):
 def _(chains):
     first = _first(chains)
     return sorted(range(len(chains)), key=lambda i: [*(first[name] for name in chains[i]), i])
+
+
+@order.accepts
+def _(chains):
+    """What ends at the same place is one branch."""
+
+    def walk(members, depth):
+        groups: dict = {}
+        for i in members:
+            groups.setdefault(chains[i][depth] if depth < len(chains[i]) else None, []).append(i)
+        return [i for key, group in groups.items() for i in (group if key is None else walk(group, depth + 1))]
+
+    return walk(range(len(chains)), 0)
 
 
 @order.accepts

@@ -680,6 +680,26 @@ print(f"a step for two: {two:.0f} ms, for seven: {seven:.0f} ms, {seven / two:.1
 # Three and a half times the tokens, in much less than that time: both steps wait for the same weights. Less than half the
 # steps, each of them longer: together that is the gain in seconds.
 #
+# And the kernel of 02.5, in earnest? Your machine has only its interpreter, so here is the engine on one H100, from a
+# ledger that `python3 -m course_lib bench ladder` wrote there. Each row keeps what the rows above it have:
+
+# %%
+from course_lib.bench.ledger import read_ledger
+from course_lib.bootstrap.places import REPO_ROOT
+
+ladder = read_ledger(REPO_ROOT / "course_lib/bench/ledgers/h100_ladder.json")
+print(f"{ladder.machine['gpu']}, tokens/s{'one request':>32}{'256 long ones':>16}")
+few, many = ([row for row in ladder.rows if row.group == group] for group in ("single", "nanovllm"))
+for one, crowd in list(zip(few, many))[:5]:  # the same rung
+    print(f"{one.name:44}{one.median:16,.0f}{crowd.median:16,.0f}")
+
+# %% [markdown]
+# With 256 long requests there is much to copy, and not copying it nearly triples the speed. One request has little to
+# copy; there the kernel even costs, because the GPU spends the step waiting for Python to launch the next operation, and
+# launching this one takes Python longer.
+# That wait is what the last two rungs remove: a **CUDA graph** replays a whole recorded step with one launch, and with
+# **asynchronous scheduling** the loop plans and launches the next step before it has read this one's tokens.
+#
 # Now with your own code in it. Starting over makes the engine build a new pool, which is yours if you have passed:
 
 # %%

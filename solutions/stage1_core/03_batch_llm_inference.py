@@ -233,6 +233,25 @@ show(fig, alt="Seconds until each of 16 requests has its answer. Static batching
 # One request gains nothing: the dragon takes its 32 steps either way, and now they also carry the prompts of newcomers. (On
 # a quiet machine its circle lies above its square.)
 #
+# How cheap a row is on a GPU can be read from the ledger that the engine's benchmark left behind on an H100, for one
+# request, for 64, and for 256 that keep arriving and leaving:
+
+# %%
+from course_lib.bench.ledger import read_ledger
+from course_lib.bench.workloads import WORKLOADS, output_tokens
+from course_lib.bootstrap.places import REPO_ROOT
+
+ladder = read_ledger(REPO_ROOT / "course_lib/bench/ledgers/h100_ladder.json")
+for row in ladder.rows:
+    if row.name == "+ asynchronous scheduling":  # its last rung: the engine as it is
+        tokens, steps = output_tokens(WORKLOADS[row.group](49152)), row.details["steps"]
+        print(f"{tokens / steps:4.0f} decodes a step: {1000 * tokens / row.median / steps:.2f} ms, "
+              f"{row.median:6,.0f} tokens/s")
+
+# %% [markdown]
+# Sixty-four rows, for twice the time of one. In the last line the prompts, and long texts whose keys and values must be
+# read, are in the milliseconds too.
+#
 # ## Whose token is it?
 #
 # One thing in that run should bother you. When a request joined, its prompt of 30 tokens was computed *in the same step*

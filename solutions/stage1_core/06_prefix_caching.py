@@ -9,7 +9,7 @@
 #       - Tell from a picture of wrong keys which rule of sharing was broken
 #       - Measure what a cached prefix saves, and know when it saves nothing
 #     difficulty: 3
-#     needs: ["01", "02"]
+#     needs: ["01", "02", "03"]
 #     opens:
 #       - course_lib/core/kv_cache_manager.py
 #       - course_lib/core/block_pool.py
@@ -87,7 +87,7 @@ for question, request in zip(questions, trace.requests.values()):
 print(f"{total_tokens(trace)} tokens computed")
 
 # %% [markdown]
-# A question has four to six tokens, and whoever asked it waits for the 265 of the letter in front, which the engine read a
+# A question has five to seven tokens, and whoever asked it waits for the 264 of the letter in front, which the engine read a
 # moment ago. When it had read them, their keys and values were in the cache. Then the request ended, and its blocks went
 # back to the pool with everything in them.
 #
@@ -114,7 +114,8 @@ prefixes.explore_change(pieces, changes, block_size=4, start=5)
 # - **To the left nothing changes**, in no layer. Attention looks back, never ahead.
 # - **In layer 0 only the replaced token changes.** A key of layer 0 is made of a token and its position.
 # - **Above, everything to the right changes.** From layer 1 on, a token's vector contains what attention brought it from
-#   the tokens before. The colour pales with the distance. It does not become white.
+#   the tokens before. On the whole it pales with the distance and deepens with the
+#   layers; it never becomes white.
 #
 # In a formula: for texts $x$ and $y$, every layer $\ell$ and position $p$,
 #
@@ -249,7 +250,8 @@ apart = together(num_blocks=96, enable_prefix_caching=False)
 shared = together(num_blocks=32, enable_prefix_caching=True)
 for name, one in (("without", apart), ("with", shared)):
     blocks = {block for table in one.steps[0].block_tables.values() for block in table}
-    print(f"{name} sharing: {len(blocks)} blocks, {len(blocks) * 16 * 46080 / 2**20:.0f} MiB")
+    mib = len(blocks) * 16 * 46080 / 2**20  # 46,080 bytes a token: lesson 01
+    print(f"{name} sharing: {len(blocks)} blocks, {mib:.0f} MiB")
 explore_blocks(shared)
 
 # %% [markdown]
@@ -306,9 +308,9 @@ check("06.3")
 
 # %% [markdown]
 # A hit of 90 % leaves a tenth of the rows and nearly a fifth of the looks, since the triangle is thinnest at the top. Which of
-# the two matters depends on the length. For this model a row costs 212 million operations (two for each weight), a look
-# 69,120 in all heads and layers. At 269 tokens the looks are 4 % of the work. At 8,192 they are 57 % of it, and a hit of 90 %
-# leaves 15 % of the work, not 10.
+# the two matters depends on the length. For this model a row costs 212 million operations (two for each weight of the
+# layers; the vocabulary's matrix is used for the last row only), a look 69,120 in all heads and layers. At 269 tokens the
+# looks are 4 % of the work. At 8,192 they are 57 % of it, and a hit of 90 % leaves 15 % of the work, not 10.
 #
 # Now write it. One layer's cache is an array `[blocks, BS, Hkv, D]` for keys and one for values. The chunk's own keys and
 # values go in first, and then its queries look at all that the table points to, up to their own positions. (Write, then
@@ -389,17 +391,18 @@ def letters(text, *cities):
 
 # %%
 jobs = letters(", where she went first of all to the", "Paris", "Moscow")
-honest = prefixes.examine(llm, jobs, 0, nullcontext())
+honest = prefixes.examine(llm, jobs, which=0, bug=nullcontext())
 suspect = patch.object(KVCacheManager, "allocate_slots", half_filled_too)
-first = prefixes.examine(llm, jobs, 0, suspect)
+first = prefixes.examine(llm, jobs, which=0, bug=suspect)
 for name, one in (("honest", honest), ("suspect 1", first)):
     print(f"{name}: in Paris, where she went first of all to the{one.texts[0]}")
 print("check_invariants:", first.books)
 
 # %% [markdown]
 # She left for Russia in the middle of a sentence, because somebody else's words are in her block. The generation ended as
-# if all were well. The books noticed in the end, when the block was full and had two contents; a shorter answer would have
-# got away with it.
+# if all were well. The books, the engine's own lists of its blocks, noticed in the end: when block 1 was full, both requests
+# entered it in the index of what is cached, so one entry names other tokens than the block is known by. A shorter answer
+# would have got away with it.
 #
 # **Suspect 2** is finer. The engine knows a full block by a hash of two things: the hash of the block before it (32 bytes)
 # and its own tokens. The suspect leaves out the first part, so that more blocks are found. Three letters: Paris, Moscow,
@@ -413,7 +416,7 @@ jobs = letters(
     " for three weeks, and she tells of the people whom she met there, of the houses and streets, of "
     "the food in the evening and of the language which she cannot speak yet. On the first day she went "
     "to see the famous", "Paris", "Moscow", "Moscow")  # fmt: skip
-second = prefixes.examine(llm, jobs, 2, own_tokens_only)
+second = prefixes.examine(llm, jobs, which=2, bug=own_tokens_only)
 for city, text in zip(("Paris", "Moscow", "Moscow"), second.texts):
     print(f"from {city}: …to see the famous{text}")
 print("check_invariants:", second.books)
@@ -554,10 +557,12 @@ with my_code():
 # | block tables | `vllm/v1/worker/gpu/block_table.py` | kept on the GPU |
 #
 # vLLM's first engine did share half-filled blocks, between the answers to one prompt. The first of them to write got a copy
-# (**copy-on-write**), and copying was the work of `vllm/worker/cache_engine.py`, which is gone. SGLang's RadixAttention keeps a tree
-# of texts instead, and can share up to the very token.
+# (**copy-on-write**), and copying was the work of `vllm/worker/cache_engine.py`, which is gone. In 0.32 both are back for
+# models that mix attention with Mamba layers: a part of a block can be found (`cache_partial_block`), and who finds it gets
+# a copy. SGLang's RadixAttention keeps a tree of texts instead, and can share up to the very token.
 #
-# One kind of request never takes anything over, there or here: who wants `prompt_logprobs` needs the rows of *all* tokens.
+# By default one kind of request takes nothing over, there or here: who wants `prompt_logprobs` needs the rows of *all*
+# tokens. So does pooling over all tokens in 0.32, where `skip_reading_prefix_cache` overrides the default.
 #
 # ## Recap
 #

@@ -53,7 +53,7 @@ from course_lib.core.request import Request
 from course_lib.teaching import COURSE_STYLE, check, course_llm, exercise, explore_hits, hint
 from course_lib.teaching import my_code, predict, reveal, show, solution
 from course_lib.teaching.explorers.hit_rate import draw_hit_rates, draw_queues
-from course_lib.teaching.recording.replay import find_twin, replay, sweep, watch_queue
+from course_lib.teaching.recording.replay import find_forgery, replay, sweep, watch_queue
 from course_lib.teaching.recording.scheduling import limited
 
 plt.style.use(COURSE_STYLE)
@@ -190,9 +190,10 @@ for changed in range(6):
 
 # %% [markdown]
 # Token 3 changes block 1 and everything behind it, as it must: those keys and values are other ones. Looking up a prompt is
-# then a walk along its names until the dictionary `cached` (name → block) has none. It needs no tree of prefixes (SGLang
-# keeps one): the parent in each hash is the tree. Tokens do not always say it all, so vLLM hashes **extra keys** as well: which
-# LoRA adapter, which image behind the placeholder tokens, and a salt, to which we will come.
+# then a walk along its names until the dictionary `cached` (name → block) has none. A name enters `cached` with the step that
+# fills its block: others may share the block while its owner still runs. It needs no tree of prefixes (SGLang keeps one): the
+# parent in each hash is the tree. Tokens do not always say it all, so vLLM hashes **extra keys** as well: which LoRA adapter,
+# which image behind the placeholder tokens, and a salt, to which we will come.
 #
 # ## The free queue is the cache
 #
@@ -264,8 +265,13 @@ check("07.2")
 # %% [markdown]
 # ## Which end first?
 #
-# A request gives back all of its blocks at once. They join the queue one after the other: in what order? Look at a cache of
-# six blocks. A is *The capital of France is Paris*, B *The capital of Italy is Rome*, C has eight other tokens, and D is
+# A request gives back all of its blocks at once. They join the queue one after the other: in what order?
+
+# %%
+predict("07.b")
+
+# %% [markdown]
+# Look at a cache of six blocks. A is *The capital of France is Paris*, B *The capital of Italy is Rome*, C has eight other tokens, and D is
 # *The capital of Italy is Milan*. On the left a request gives back its last block first, on the right its first. To get the
 # right side, one function is replaced:
 
@@ -294,16 +300,13 @@ show(figure, alt="The free queue after each event, in two columns. When C needs 
      "right 'of Italy' and 'is Rome' are left, and D finds nothing.")
 
 # %% [markdown]
-# When B begins, block 0 leaves the queue from its far end: *The capital* is found. When B ends, the block joins at the back
-# once more. So what many requests share is renewed by each of them. Then C takes four of the six. Both columns keep two blocks
+# When B begins, block 0 leaves the queue, on the left from its far end: *The capital* is found. When B ends, the block joins
+# once more, on the left at the back. So what many requests share is renewed by each of them. Then C takes four of the six. Both columns keep two blocks
 # of B. On the left it is a beginning, and D finds it. On the right they are *of Italy* and *is Rome*, whose parent is gone: a
 # walk along the names ends before it starts, and the two lie there for nothing.
 #
 # Six blocks make a neat story. Now the pages: all 24 questions, in an order drawn once, at every size of the cache.
 # (`replay` sends them through the engine's `KVCacheManager` without a model: what is found depends on tokens alone.)
-
-# %%
-predict("07.b")
 
 # %%
 mixed = [prompts[name] for name in random.Random(0).sample(list(prompts), 24)]
@@ -321,7 +324,7 @@ reveal("07.b")
 
 # %% [markdown]
 # The stairs are a page wide: without its first block, a page is lost as a whole. Freed from the end, it shrinks block by block
-# and is of use to the last. One `reversed` decides it, in `KVCacheManager.free`, and in vLLM's.
+# and is of use until the last block is gone. One `reversed` decides it, in `KVCacheManager.free`, and in vLLM's.
 #
 # It does not save the readers of the beginning. They ask in turn, so LRU gives up exactly the page that comes next, and
 # with 36 blocks all of it. For traffic that goes round in a circle LRU is the worst rule there is. For most other traffic it is
@@ -346,7 +349,7 @@ reveal("07.b")
 def take_over(pool, hit, needed):
     """A request's block table: the found blocks `hit`, then `needed` new ones. A list of ids.
 
-    None if there are not enough blocks; then nothing may have changed.
+    None if there are not enough blocks; then the pool must be as before. You may change the list `hit`.
     pool.num_free: blocks in the free queue; pool.is_free(id): nobody holds it, so it lies there;
     pool.share(ids): one more holder for each, and out of the queue; pool.allocate(n): the ids of n
     blocks from the front, whose contents are forgotten. It does not ask whether there are as many.
@@ -375,11 +378,13 @@ honest_allocate = KVCacheManager.allocate_slots
 def hasty_allocate(cache, request, num_new, hit=None):
     if not hit:
         return honest_allocate(cache, request, num_new)
-    new = cache.pool.allocate(-(-request.num_tokens // 16) - len(hit))  # first the new ones …
+    num_blocks = -(-request.num_tokens // 16)  # rounded up
+    new = cache.pool.allocate(num_blocks - len(hit))  # first the new ones …
     cache.pool.share(hit)  # … then those that were found
     request.block_ids = [*hit, *new]
-    request.num_computed_tokens, request.num_registered_blocks = 16 * len(hit), len(hit)
-    honest_allocate(cache, request, num_new)
+    request.num_computed_tokens = 16 * len(hit)
+    request.num_registered_blocks = len(hit)  # blocks whose names are in `cached` already
+    honest_allocate(cache, request, num_new)  # takes no more blocks; enters the others in `cached`
     return new
 
 
@@ -539,9 +544,9 @@ def short_hash(parent, tokens, extra_keys=()):
 
 
 note = tokenizer.encode("Note to self: the password for the lighthouse is swordfish. Do not lose it.")
-nonsense, tries = find_twin(note[:16], short_hash)
+nonsense, tries = find_forgery(note[:16], short_hash)
 attack = nonsense + tokenizer.encode(" What is the password for the lighthouse? The password is")
-print(f"{tries:,} blocks tried; there are {2**16:,} names. The twin of the note's first block:")
+print(f"{tries:,} blocks tried; there are {2**16:,} names. The forgery of the note's first block:")
 print(repr(tokenizer.decode(nonsense)))
 
 # %%
@@ -560,9 +565,9 @@ print("256 bits:", answer_to_attack())
 # No word of the attack contains the password. The model read it out of the victim's keys and values.
 #
 # Each bit doubles the work. vLLM used Python's own `hash` at first: 64 bits, not made to resist anybody, in a chain that began with
-# `hash(None)`, a constant from Python 3.12 on (CVE-2025-25183). It offered SHA-256 from 0.8.3 on and made it the default in
-# 0.10.2. Somebody who tries a billion blocks a second since the beginning of the universe has not covered $2^{90}$ of $2^{256}$
-# names. vLLM puts the price at 100 to 200 ns a token, a small fraction of what it takes to compute one.
+# `hash(None)`, a constant from Python 3.12 on (CVE-2025-25183). It offered SHA-256 from 0.8.3 on; its documents call that the
+# default "as of v0.11". Somebody who tries a billion blocks a second since the beginning of the universe has not covered $2^{90}$ of $2^{256}$
+# names. vLLM then put the price at 100 to 200 ns a token, a small fraction of what it takes to compute one.
 #
 # ## The order is yours
 #
@@ -624,8 +629,8 @@ for name, run in runs.items():
 #
 # ## All of it in one picture
 #
-# Four chats of twenty turns, which take turns, or the 24 questions; as they come, or put together; without salts, with two
-# companies, or a salt for each who asks. On the right, one bar for each request.
+# Four chats of twenty turns, which take turns, or the 24 questions; as they come, or put together; without salts, with a
+# salt for each of two companies (the even and the odd numbers of those who ask), or for each who asks. On the right, one bar for each request.
 
 # %%
 chats = [chat(lights[6 * i :] + lights[: 6 * i])[:20] for i in range(4)]
@@ -652,9 +657,12 @@ print(f"{100 * yours.hit_rate:.0f} % found in 20 blocks")
 # %% [markdown]
 # ## How vLLM does it
 #
+# One word first. Two requests that compute the same block at the same time leave *twins*, two blocks of equal content: a block
+# table is append-only, and merging would change one under a running step.
+#
 # | here | in vLLM 0.32 | what differs there |
 # |---|---|---|
-# | `prefix_hash.py`, `extend_block_hashes` | `vllm/v1/core/kv_cache_utils.py`, `hash_block_tokens` | hashes a pickle, or CBOR to agree across languages; also xxHash, with a secret random root |
+# | `prefix_hash.py`, `extend_block_hashes` | `vllm/v1/core/kv_cache_utils.py`, `hash_block_tokens` | hashes a pickle, or CBOR to agree across languages; also xxHash; in 0.32 that alone has a secret random root |
 # | `FreeBlockQueue` | the same file, `FreeKVCacheBlockQueue` | takes and appends several at a time |
 # | `cached`: first twin wins | `vllm/v1/core/block_pool.py`, `BlockHashToBlockMap` | keeps every twin, so one may be evicted and the other found |
 # | `release` | the same, `free_blocks` | a block without a name goes to the *front*: nobody can ever find it |
@@ -662,8 +670,7 @@ print(f"{100 * yours.hit_rate:.0f} % found in 20 blocks")
 # | `get_computed_blocks` | `kv_cache_coordinator.py`, `find_longest_cache_hit` | a sliding window needs only its last blocks; the kinds must agree |
 # | `prefix_cache_stats.py` | `vllm/v1/metrics/stats.py`, `PrefixCacheStats` | Prometheus counters `vllm:prefix_cache_queries`, `vllm:prefix_cache_hits` |
 #
-# Twins exist because a block table is append-only: when two requests compute the same block at the same time, merging would
-# change a table under a running step. vLLM serves in order of arrival or priority; it leaves ordering by prefix to you and to
+# vLLM serves in order of arrival or priority; it leaves ordering by prefix to you and to
 # routers. The old engine kept an evictor of its own with times of access (`vllm/core/evictor.py` in 0.8.5). The queue needs no
 # clock: position is time.
 #

@@ -11,7 +11,7 @@ from course_lib.core.prefix_hash import ROOT, hash_block
 from course_lib.teaching import explore_hits
 from course_lib.teaching.explorers.figures import MAX_BYTES, png_bytes
 from course_lib.teaching.explorers.hit_rate import describe_hits, draw_hit_rates, draw_hits, draw_queues
-from course_lib.teaching.recording.replay import find_twin, replay, sweep, watch_queue
+from course_lib.teaching.recording.replay import find_forgery, replay, sweep, watch_queue
 
 PAGES = [list(range(100 * page, 100 * page + 12)) for page in range(1, 4)]  # three blocks of four
 PROMPTS = [page + [ending] for ending in (7, 8) for page in PAGES]  # in turn, two rounds
@@ -65,12 +65,12 @@ def test_the_queue_keeps_beginnings_unless_freed_from_the_front() -> None:
         assert watch_queue(LETTERS, 4, letters)[6].event == "D runs, 0 found"
 
 
-def test_a_twin_has_the_name_and_other_tokens() -> None:
+def test_a_forgery_has_the_name_and_other_tokens() -> None:
     def short(parent: bytes, tokens: list[int]) -> bytes:
         return hash_block(parent, tokens)[:1]
 
-    twin, tries = find_twin([5, 6, 7, 8], short)
-    assert len(twin) == 4 and twin != [5, 6, 7, 8] and short(ROOT, twin) == short(ROOT, [5, 6, 7, 8])
+    forged, tries = find_forgery([5, 6, 7, 8], short)
+    assert len(forged) == 4 and forged != [5, 6, 7, 8] and short(ROOT, forged) == short(ROOT, [5, 6, 7, 8])
     assert 0 < tries < 5000
 
 

@@ -169,7 +169,7 @@ def _told(trials: _Trials, i: int, failure: Failure) -> Verdict:
         candidates = [d for d in candidates if d.kind != "symptom" or not _applies(d, trials, i, unchanged)]
     if found := next((d for d in candidates if _applies(d, trials, i, failure)), None):
         kind, message, name = "mistake", found.message, found.name
-        if failure.error:
+        if failure.error and not isinstance(failure.error, TookTooLong):  # the diagnostic says why it took so long
             message += "\n" + _about_error(failure.error, trials.answer)[1]
     elif failure.error:
         kind, message = _about_error(failure.error, trials.answer)

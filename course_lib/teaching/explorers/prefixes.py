@@ -188,7 +188,8 @@ def draw_wrong_keys(panels: Mapping[str, torch.Tensor], block_size: int) -> Figu
             axes.set(title=name, xticks=range(0, change.shape[1], block_size))
         for axes in row[1:]:
             axes.set_ylabel("")
-        figure.supxlabel("position in the request (lines: blocks; coloured: a key that is not its own)", size=9)
+        figure.supxlabel("position in the request (lines: blocks; coloured: a key that is not its own;\n"
+                         "darker: by more, from 0.01 to 100 %)", size=9)  # fmt: skip
     return figure
 
 

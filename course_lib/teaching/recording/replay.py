@@ -137,14 +137,14 @@ def watch_queue(
     return moments
 
 
-def find_twin(block: Sequence[int], name: Callable[[bytes, list[int]], bytes]) -> tuple[list[int], int]:
+def find_forgery(block: Sequence[int], name: Callable[[bytes, list[int]], bytes]) -> tuple[list[int], int]:
     """Another first block of a prompt with the same `name(ROOT, tokens)`, found by trying, and after how many tries.
 
     Only for names of few bits: with b of them it takes about 2**b tries.
     """
-    target, twin = name(ROOT, list(block)), list(range(1000, 1000 + len(block)))
+    target, forged = name(ROOT, list(block)), list(range(1000, 1000 + len(block)))
     tries = 0
-    while twin == list(block) or name(ROOT, twin) != target:
+    while forged == list(block) or name(ROOT, forged) != target:
         tries += 1
-        twin[-2:] = 1000 + tries // 40_000, 1000 + tries % 40_000
-    return twin, tries
+        forged[-2:] = 1000 + tries // 40_000, 1000 + tries % 40_000
+    return forged, tries
