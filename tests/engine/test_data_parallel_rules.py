@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import random
-from collections import Counter, deque
+from collections import deque
 from pathlib import Path
 
 import pytest
 
 from course_lib import AsyncLLM, EngineArgs
 from course_lib.engine.balancer import Balancer
-from course_lib.engine.coordinator import WaveCoordinator, WaveMember
+from course_lib.engine.coordinator import WaveMember
 from course_lib.engine.replica_set import replica_environment
 from course_lib.parallel.config import ParallelConfig
 from course_lib.parallel.layout import ParallelLayout
 from course_lib.parallel.replicas import ReplicaPlace, read_environment
+from course_lib.teaching.recording.waves import interleave
 
 # ---- balancing --------------------------------------------------------------------------------------
 
@@ -76,125 +76,10 @@ def test_nobody_left_is_an_error() -> None:
 # ---- waves ------------------------------------------------------------------------------------------
 
 
-class Rank:
-    """A replica in lock step, cut into the moments between which others can act."""
-
-    def __init__(self, agree_every: int, member: type[WaveMember]) -> None:
-        self.member = member(agree_every)
-        self.inbox: deque[tuple[str, int, int]] = deque()  # kind, wave, passes that a request needs
-        self.told: deque[tuple[str, int]] = deque()  # to the coordinator
-        self.left: list[int] = []  # passes that its requests still need
-        self.waits_in: str | None = None  # a collective
-        self.result: bool | None = None  # of that collective, not yet taken in
-        self.passes: Counter[int] = Counter()  # by wave
-        self.served = 0
-
-    def act(self, rng: random.Random, is_first: bool) -> bool:
-        """Do one thing; False if there is nothing to do but to wait."""
-        if self.waits_in is not None:
-            if self.result is None:
-                return False
-            self._leave_collective(is_first)
-        elif self.inbox and (not self.member.running or rng.random() < 0.5):
-            self._take_message()
-        elif self.member.running:
-            self.passes[self.member.wave] += 1
-            self.waits_in = "pass"
-        else:
-            return False
-        return True
-
-    def _take_message(self) -> None:
-        kind, wave, needs = self.inbox.popleft()
-        if kind == "start":
-            self.member.on_start(wave)
-        else:
-            self.left.append(needs)
-            if self.member.on_request(wave):
-                self.told.append(("alone", self.member.wave))
-
-    def _leave_collective(self, is_first: bool) -> None:
-        kind, result, self.waits_in, self.result = self.waits_in, self.result, None, None
-        if kind == "agreement":
-            wave = self.member.wave
-            if self.member.agreed(result) and is_first:
-                self.told.append(("complete", wave))
-            return
-        self.served += sum(needs == 1 for needs in self.left)
-        self.left = [needs - 1 for needs in self.left if needs > 1]
-        if self.member.after_pass():
-            self.waits_in = "agreement"
-
-
-def simulate(seed: int, member: type[WaveMember] = WaveMember) -> list[Rank]:
-    """Requests at random moments, everything in any order that pipes and collectives permit."""
-    rng = random.Random(seed)
-    ranks = [Rank(rng.choice([1, 2, 5]), member) for _ in range(rng.randint(2, 4))]
-    for rank in ranks:
-        rank.member._agree_every = ranks[0].member._agree_every
-    front, num_requests = WaveCoordinator(), rng.randint(1, 12)
-    patience = rng.choice([0.02, 0.2, 0.9])  # of who sends requests
-
-    def call(wave: int, but: Rank) -> None:
-        for rank in ranks:
-            if rank is not but:
-                rank.inbox.append(("start", wave, 0))
-
-    def hear() -> bool:
-        telling = [rank for rank in ranks if rank.told]
-        if not telling:
-            return False
-        rank = rng.choice(telling)
-        kind, wave = rank.told.popleft()
-        if kind == "complete":
-            front.on_complete(wave)
-        elif front.on_alone(wave):
-            call(wave, but=rank)
-        return True
-
-    sent = 0
-    for _ in range(20_000):
-        idle = not any(rank.member.running or rank.inbox or rank.told for rank in ranks)
-        if sent == num_requests and idle:
-            break
-        if sent < num_requests and (idle or rng.random() < patience):
-            target = rng.choice(ranks)
-            wave, wakes = front.on_request()
-            target.inbox.append(("request", wave, rng.randint(1, 6)))
-            sent += 1
-            if wakes:
-                call(wave, but=target)
-        actors = [*ranks, "front", "collective"]
-        rng.shuffle(actors)
-        for actor in actors:
-            if actor == "front":
-                acted = hear()
-            elif actor == "collective":
-                acted = all(rank.waits_in and rank.result is None for rank in ranks)
-                if acted:
-                    assert len({rank.waits_in for rank in ranks}) == 1, "deadlock: in different collectives"
-                    anybody = any(rank.left for rank in ranks)
-                    for rank in ranks:
-                        rank.result = anybody
-            else:
-                acted = actor.act(rng, is_first=actor is ranks[0])
-            if acted:
-                break
-        else:
-            raise AssertionError(f"deadlock: {[rank.waits_in for rank in ranks]}")
-        assert all(front.wave <= rank.member.wave for rank in ranks if rank.result is None)
-    assert sum(rank.served for rank in ranks) == num_requests, "a request was lost"
-    assert not any(rank.member.running for rank in ranks), "somebody never sleeps"
-    return ranks
-
-
 def test_whatever_the_order_no_request_is_lost_and_all_run_equally_many_passes() -> None:
-    waves = 0
-    for seed in range(1500):
-        ranks = simulate(seed)
-        assert all(rank.passes == ranks[0].passes for rank in ranks), seed
-        waves += len(ranks[0].passes)
-    assert waves > 3000  # many waves each, or nothing was tested
+    runs = [interleave(WaveMember, seed) for seed in range(1500)]
+    assert [run.problem for run in runs if run.problem] == []
+    assert sum(run.num_waves for run in runs) > 3000  # many waves each, or nothing was tested
 
 
 class HeedsLateCalls(WaveMember):
@@ -214,9 +99,8 @@ class StaysAlone(WaveMember):
 
 @pytest.mark.parametrize("member", [HeedsLateCalls, StaysAlone])
 def test_the_simulation_finds_the_races_that_wave_numbers_are_for(member: type[WaveMember]) -> None:
-    with pytest.raises(AssertionError, match="deadlock|in wave"):
-        for seed in range(1500):
-            simulate(seed, member)
+    problems = [run.problem for run in (interleave(member, seed) for seed in range(1500)) if run.problem]
+    assert any("deadlock" in problem or "in wave" in problem for problem in problems)
 
 
 # ---- what is asked for ------------------------------------------------------------------------------

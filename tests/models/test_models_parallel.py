@@ -22,7 +22,7 @@ from course_lib.models.registry import resolve_model_class
 from course_lib.parallel.group import ParallelGroups
 from course_lib.parallel.layout import ParallelLayout
 from tests.models.test_few_rows_weight import on_a_grid
-from tests.models.test_models_parity import like_llama, llama, random_model, sequences
+from tests.models.test_models_parity import like_llama, llama, random_model, save_once, sequences
 from tests.parallel.ranks import SilentGroup, run_ranks, silent_ranks
 
 TOLERANCE = 1e-5  # logits have a standard deviation of about 1
@@ -45,21 +45,11 @@ CONFIGS = {
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """name -> (folder, its config as read back), made once per name."""
-    made = {}
-
-    def get(name):
-        if name not in made:
-            folder = tmp_path_factory.mktemp(name)
-            random_model(CONFIGS[name]()).save_pretrained(folder)
-            made[name] = folder, transformers.AutoConfig.from_pretrained(folder)
-        return made[name]
-
-    return get
+    return save_once(tmp_path_factory, CONFIGS)
 
 
 def load(saved, name, parallel: ParallelGroups | None = None, dtype=torch.float32, **arguments) -> CausalLM:
-    folder, config = saved(name)
+    _, folder, config = saved(name)
     return load_model(folder, config, dtype, CPU, max_model_len=64, parallel=parallel, **arguments)
 
 
@@ -254,14 +244,14 @@ def test_dummy_weights_are_parts_of_the_same_model(name, layout, saved):
 
 
 def test_whole_tensors_from_a_trainer_fill_each_ranks_part(saved, tmp_path):
-    folder, _ = saved("llama-tied")
+    _, folder, _ = saved("llama-tied")
     tensors = load_file(folder / "model.safetensors")
     doubled = {name: tensor * 2 for name, tensor in tensors.items()}
     save_file(doubled, tmp_path / "model.safetensors", metadata={"format": "pt"})
     for parallel in silent_ranks(ParallelLayout(2, 2)):
         model = load(saved, "llama-tied", parallel)
         assert model.load_weights(doubled.items()) == model.slots.keys()
-        expected = load_model(tmp_path, saved("llama-tied")[1], torch.float32, CPU, parallel=parallel)
+        expected = load_model(tmp_path, saved("llama-tied")[2], torch.float32, CPU, parallel=parallel)
         for name, tensor in expected.state_dict().items():
             assert torch.equal(model.state_dict()[name], tensor), name
 
@@ -289,7 +279,7 @@ def test_a_stage_leaves_tensors_of_other_stages_to_them(saved):
 
 
 def test_a_head_that_differs_from_the_tied_table_is_refused_by_the_rank_that_holds_the_row(saved):
-    folder, _ = saved("llama-tied")
+    _, folder, _ = saved("llama-tied")
     tensors = load_file(folder / "model.safetensors")
     head = tensors["model.embed_tokens.weight"].clone()
     head[100] += 1

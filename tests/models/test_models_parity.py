@@ -111,20 +111,24 @@ def largest_difference(ours, theirs):
     return max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
+def save_once(tmp_path_factory, configs):
     """name -> (transformers model, its folder, its config as read back), made once per name."""
     made = {}
 
     def get(name):
         if name not in made:
             folder = tmp_path_factory.mktemp(name)
-            model = random_model(CONFIGS[name]())
+            model = random_model(configs[name]())
             model.save_pretrained(folder)
             made[name] = model, folder, transformers.AutoConfig.from_pretrained(folder)
         return made[name]
 
     return get
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return save_once(tmp_path_factory, CONFIGS)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-import transformers
 
 from course_lib import LLM, SamplingParams
 from course_lib.errors import CorruptModelError, UnsupportedModelError
@@ -12,7 +11,7 @@ from course_lib.layers.cpu_matmul import can_pack
 from course_lib.models.loader import load_model
 from tests.models.moe_models import CONFIGS, EXPERTS
 from tests.models.test_models_parity import (
-    largest_difference, random_model, reference_logits, reread, sequences,
+    largest_difference, reference_logits, reread, save_once, sequences,
 )  # fmt: skip
 
 TOLERANCE = 2e-5  # logits have a standard deviation of about 1
@@ -21,18 +20,7 @@ LENGTH = 64
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """name -> (transformers model, its folder, its config as read back), made once per name."""
-    made = {}
-
-    def get(name):
-        if name not in made:
-            folder = tmp_path_factory.mktemp(name)
-            model = random_model(CONFIGS[name]())
-            model.save_pretrained(folder)
-            made[name] = model, folder, transformers.AutoConfig.from_pretrained(folder)
-        return made[name]
-
-    return get
+    return save_once(tmp_path_factory, CONFIGS)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

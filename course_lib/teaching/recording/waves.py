@@ -167,6 +167,8 @@ def _play(ranks: list[_Rank], run: Run, rng: random.Random) -> str | None:
         rng.shuffle(actors)
         if not any(actor() for actor in actors):
             return "deadlock: " + _where(ranks)
+        if any(front.wave > rank.member.wave for rank in ranks if rank.result is None):
+            return f"the front is in wave {front.wave}, ahead of a rank: " + _where(ranks)
     else:
         return "somebody never sleeps: passes go on and on"
     if run.served < run.num_requests:
