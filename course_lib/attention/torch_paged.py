@@ -1,15 +1,17 @@
 """Paged attention in plain torch: the CPU's backend.
 
-Three things make it quick without a line of C++:
+Four things make it quick without a line of C++:
 * The cache is stored heads before offsets, `[blocks, Hkv, block size, D]`, so that one gather of
   whole (block, head) rows yields contiguous keys per head, which batched matrix products want.
 * Requests with one new token are gathered and computed together, in groups of similar length that
   fit the processor's cache: gathered bytes are then read back from there and not from memory.
+* What many of them have in common (a cached prefix) is gathered once, and all their queries meet it in one product.
 * Everything that depends only on the step (indices, masks, groups) is computed once, not per layer.
 
 The query heads that share a KV head ride along as extra query rows, so nothing is repeated for GQA.
 
-vLLM: `vllm/v1/attention/backends/cpu_attn.py` does the same job with C++ kernels.
+vLLM: `vllm/v1/attention/backends/cpu_attn.py` does the same job with C++ kernels. Common prefixes: Hydragen
+(arXiv:2402.05099); vLLM's `use_cascade_attention`, only where all requests of a batch have the prefix.
 """
 
 from __future__ import annotations
@@ -28,17 +30,20 @@ from course_lib.attention.metadata import AttentionMetadata
 _GATHER_BYTES = 16 << 20
 # Up to so many positions of a decode group, scaled_dot_product_attention beats two products and a softmax in 16 bits.
 _FEW_POSITIONS = 1024
+# A common prefix is set apart if that saves gathering so many positions: the extra calls cost as much as half of them.
+_WORTH_SHARING = 2048
 
 
 @dataclass(slots=True)
 class DecodeGroup:
-    """B requests with one new token each and nearly equal lengths, padded to L positions."""
+    """B requests with one new token each, the same P positions at first, and nearly equal lengths, padded to L more."""
 
     token_rows: torch.Tensor | slice  # [B] rows of the flat batch
-    cache_rows: torch.Tensor  # int64 [B * Hkv * blocks]: rows of the cache seen as [NB * Hkv, BS * D]
-    seq_lens: torch.Tensor  # int64 [B]
-    padded_len: int
-    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)  # by sliding window
+    cache_rows: torch.Tensor  # int64 [Hkv * (B * own + prefix blocks)]: rows of the cache seen as [NB * Hkv, BS * D]
+    own_lens: torch.Tensor  # int64 [B]: positions after the common prefix
+    padded_len: int  # L
+    prefix_len: int  # P, whole blocks
+    masks: dict[int | None, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)  # by window
 
 
 @dataclass(slots=True)
@@ -95,8 +100,11 @@ class TorchPagedBackend:
         starts = metadata.query_start_loc_host
         query_lens = np.diff(starts)
         seq_lens = metadata.seq_lens_host
-        decode_reqs = np.flatnonzero(query_lens == 1)
-        groups = [self._decode_group(metadata, reqs) for reqs in self._split_by_length(decode_reqs, seq_lens)]
+        groups = [
+            self._decode_group(metadata, part, prefix)
+            for reqs, prefix in self._by_common_prefix(metadata, np.flatnonzero(query_lens == 1))
+            for part in self._split_by_length(reqs, seq_lens - prefix)
+        ]
         prefills = []
         for req in np.flatnonzero(query_lens > 1):
             seq_len, query_len = int(seq_lens[req]), int(query_lens[req])
@@ -106,6 +114,20 @@ class TorchPagedBackend:
                 rows = self._cache_rows(metadata.block_table[req : req + 1, :num_blocks])
             prefills.append(PrefillRequest(int(starts[req]), int(starts[req + 1]), seq_len, rows))
         return TorchPlan(write_rows.reshape(-1), groups, prefills)
+
+    def _by_common_prefix(self, metadata: AttentionMetadata, reqs: np.ndarray) -> list[tuple[np.ndarray, int]]:
+        """Sort `reqs` into sets with the length of what they have in common, in positions; 0 for the last set."""
+        sets = []
+        whole_blocks = (metadata.seq_lens_host - 1) // self.block_size  # the newest token's block is its request's own
+        table = metadata.block_table.cpu().numpy()
+        while len(reqs) > 1:
+            members, num_blocks = _longest_common(table[reqs], whole_blocks[reqs])
+            length = num_blocks * self.block_size
+            if (len(members) - 1) * length < _WORTH_SHARING:
+                break
+            sets.append((reqs[members], length))
+            reqs = np.delete(reqs, members)
+        return [*sets, (reqs, 0)]
 
     def _split_by_length(self, reqs: np.ndarray, seq_lens: np.ndarray) -> list[np.ndarray]:
         """Cut `reqs`, shortest first, wherever a group would outgrow the gather budget."""
@@ -123,23 +145,28 @@ class TorchPagedBackend:
                 start = end
         return groups
 
-    def _decode_group(self, metadata: AttentionMetadata, reqs: np.ndarray) -> DecodeGroup:
-        longest = int(metadata.seq_lens_host[reqs].max())
-        num_blocks = -(-longest // self.block_size)
+    def _decode_group(self, metadata: AttentionMetadata, reqs: np.ndarray, prefix_len: int) -> DecodeGroup:
+        first = prefix_len // self.block_size
+        end = -(-int(metadata.seq_lens_host[reqs].max()) // self.block_size)
         index = torch.from_numpy(reqs).to(self.device)
         rows: torch.Tensor | slice = slice(None)
         if len(reqs) != metadata.query_start_loc_host[-1]:  # not simply the whole batch
             rows = torch.from_numpy(metadata.query_start_loc_host[reqs].astype(np.int64)).to(self.device)
+        cache_rows = self._cache_rows(metadata.block_table[index, first:end])
+        if first:
+            common = self._cache_rows(metadata.block_table[index[:1], :first])
+            cache_rows = torch.cat((cache_rows, common))
         return DecodeGroup(
             token_rows=rows,
-            cache_rows=self._cache_rows(metadata.block_table[index, :num_blocks]),
-            seq_lens=metadata.seq_lens[index].long(),
-            padded_len=num_blocks * self.block_size,
+            cache_rows=cache_rows,
+            own_lens=metadata.seq_lens[index].long() - prefix_len,
+            padded_len=(end - first) * self.block_size,
+            prefix_len=prefix_len,
         )
 
     def _cache_rows(self, block_table: torch.Tensor) -> torch.Tensor:
-        """block_table [B, n] -> rows [B * Hkv * n] of the cache seen as [NB * Hkv, BS * D]."""
-        return (block_table.long()[:, None, :] * self.num_kv_heads + self._heads[None, :, None]).reshape(-1)
+        """block_table [B, n] -> rows [Hkv * B * n] of the cache seen as [NB * Hkv, BS * D]."""
+        return (block_table.long() * self.num_kv_heads + self._heads[:, None, None]).reshape(-1)
 
     # ---- once per layer -------------------------------------------------------------------------
 
@@ -159,7 +186,8 @@ class TorchPagedBackend:
             cache.view(-1, self.head_dim).index_copy_(0, plan.write_rows, new.reshape(-1, self.head_dim))
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         for group in plan.decode:
-            out[group.token_rows] = self._decode(query[group.token_rows], caches, group, scale, sliding_window)
+            decode = self._decode_behind_prefix if group.prefix_len else self._decode
+            out[group.token_rows] = decode(query[group.token_rows], caches, group, scale, sliding_window)
         for request in plan.prefill:
             rows = slice(request.start, request.end)
             out[rows] = self._prefill(query[rows], key[rows], value[rows], caches, request, scale, sliding_window)
@@ -183,34 +211,70 @@ class TorchPagedBackend:
         scale: float,
         sliding_window: int | None,
     ) -> torch.Tensor:
-        """query [B, H, D] -> [B, H, D]."""
+        """Of a group without a common prefix: query [B, H, D] -> [B, H, D]."""
         batch, num_heads, head_dim = query.shape
-        kv_shape = (batch * self.num_kv_heads, group.padded_len, head_dim)
-        key, value = (t.view(kv_shape) for t in self._gather(caches, group.cache_rows))
-        packed = query.reshape(batch * self.num_kv_heads, num_heads // self.num_kv_heads, head_dim)
-        mask = self._decode_mask(group, sliding_window)
+        kv_heads, heads_per_kv = self.num_kv_heads, num_heads // self.num_kv_heads
+        key, value = (t.view(kv_heads * batch, -1, head_dim) for t in self._gather(caches, group.cache_rows))
+        packed = query.view(batch, kv_heads, heads_per_kv, head_dim).transpose(0, 1).reshape(-1, heads_per_kv, head_dim)
+        mask, _ = self._decode_masks(group, sliding_window, heads_per_kv)
         if batch * group.padded_len <= _FEW_POSITIONS and self.dtype.itemsize < 4:
             # oneDNN spends a tenth of a millisecond on preparing a product of 16-bit numbers, however small
-            per_head = (t.view(batch, self.num_kv_heads, -1, head_dim) for t in (packed, key, value))
-            four = mask.view(batch, self.num_kv_heads, 1, -1).expand(-1, -1, packed.shape[1], -1)
+            per_head = (t.view(kv_heads, batch, -1, head_dim) for t in (packed, key, value))
+            four = mask.view(kv_heads, batch, 1, -1).expand(-1, -1, heads_per_kv, -1)
             out = F.scaled_dot_product_attention(*per_head, attn_mask=four, scale=scale)
-            return out.reshape(batch, num_heads, head_dim)
-        scores = torch.baddbmm(mask, packed, key.transpose(1, 2), alpha=scale)
-        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-        return torch.bmm(weights, value).view(batch, num_heads, head_dim)
+        else:
+            scores = torch.baddbmm(mask, packed, key.transpose(1, 2), alpha=scale)
+            out = torch.bmm(torch.softmax(scores, dim=-1), value)
+        return out.view(kv_heads, batch, heads_per_kv, head_dim).transpose(0, 1).reshape(query.shape)
 
-    def _decode_mask(self, group: DecodeGroup, sliding_window: int | None) -> torch.Tensor:
-        """Additive [B * Hkv, 1, L]: 0 where the newest token may look, -inf elsewhere."""
-        mask = group.masks.get(sliding_window)
-        if mask is None:
+    def _decode_behind_prefix(
+        self,
+        query: torch.Tensor,
+        caches: list[torch.Tensor],
+        group: DecodeGroup,
+        scale: float,
+        sliding_window: int | None,
+    ) -> torch.Tensor:
+        """As `_decode`, with one product for the common positions of all requests, and one softmax over both parts."""
+        batch, num_heads, head_dim = query.shape
+        kv_heads, heads_per_kv = self.num_kv_heads, num_heads // self.num_kv_heads
+        gathered = self._gather(caches, group.cache_rows)
+        own_rows = kv_heads * batch * group.padded_len // self.block_size
+        key, value = (t[:own_rows].view(kv_heads * batch, -1, head_dim) for t in gathered)
+        first_key, first_value = (t[own_rows:].view(kv_heads, -1, head_dim) for t in gathered)
+        by_head = query.view(batch, kv_heads, heads_per_kv, head_dim).transpose(0, 1).contiguous()
+        packed, together = by_head.view(-1, heads_per_kv, head_dim), by_head.view(kv_heads, -1, head_dim)
+        mask, first_mask = self._decode_masks(group, sliding_window, heads_per_kv)
+        first_scores = torch.baddbmm(first_mask, together, first_key.transpose(1, 2), alpha=scale)
+        scores = torch.baddbmm(mask, packed, key.transpose(1, 2), alpha=scale)
+        both = torch.cat((first_scores.view(len(packed), heads_per_kv, -1), scores), dim=-1)
+        first_weights, weights = torch.softmax(both, dim=-1).split((group.prefix_len, group.padded_len), dim=-1)
+        out = torch.bmm(first_weights.reshape(first_scores.shape), first_value).view(packed.shape)
+        out = torch.baddbmm(out, weights, value)
+        return out.view(by_head.shape).transpose(0, 1).reshape(query.shape)
+
+    def _decode_masks(
+        self, group: DecodeGroup, sliding_window: int | None, heads_per_kv: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Additive, 0 where the newest token may look, -inf elsewhere: [Hkv * B, 1, L] for the requests' own positions,
+        [1, B * H / Hkv, P] or, as nothing is hidden without a window, [1, 1, 1] for the common ones."""
+        masks = group.masks.get(sliding_window)
+        if masks is None:
             positions = torch.arange(group.padded_len, device=self.device)
-            hidden = positions >= group.seq_lens[:, None]
+            lengths = group.own_lens[:, None]
+            hidden = positions >= lengths
+            common = torch.zeros(1, 1, 1, dtype=self.dtype, device=self.device)
             if sliding_window is not None:
-                hidden |= positions < group.seq_lens[:, None] - sliding_window
-            mask = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device)
-            mask = mask.masked_fill_(hidden, float("-inf")).repeat_interleave(self.num_kv_heads, dim=0)
-            group.masks[sliding_window] = mask = mask[:, None]
-        return mask
+                hidden |= positions < lengths - sliding_window
+                outside = torch.arange(-group.prefix_len, 0, device=self.device) < lengths - sliding_window
+                common = self._additive(outside.repeat_interleave(heads_per_kv, dim=0))[None]
+            masks = self._additive(hidden).repeat(self.num_kv_heads, 1)[:, None], common
+            group.masks[sliding_window] = masks
+        return masks
+
+    def _additive(self, hidden: torch.Tensor) -> torch.Tensor:
+        mask = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device)
+        return mask.masked_fill_(hidden, float("-inf"))
 
     def _prefill(
         self,
@@ -254,3 +318,28 @@ class TorchPagedBackend:
                     mask &= key_pos > query_pos - sliding_window
             request.masks[sliding_window] = mask
         return request.masks[sliding_window]
+
+
+def _longest_common(table: np.ndarray, whole_blocks: np.ndarray) -> tuple[np.ndarray, int]:
+    """Rows of a block table that begin alike, and in how many blocks: such that rows times blocks is large.
+
+    Goes with the majority wherever the rows part, and returns to where most was saved.
+
+    Args:
+        table: [R, M].
+        whole_blocks: [R], how many of a row's blocks may be common.
+    """
+    members, depth = np.arange(len(table)), 0
+    best = members, depth
+    while len(members) > 1:
+        rows = table[members, depth : whole_blocks[members].min()]
+        differ = (rows != rows[0]).any(axis=0)
+        depth += int(differ.argmax()) if differ.any() else len(differ)
+        if (len(members) - 1) * depth > (len(best[0]) - 1) * best[1]:
+            best = members, depth
+        members = members[whole_blocks[members] > depth]
+        if len(members) == 0:
+            break
+        blocks, counts = np.unique(table[members, depth], return_counts=True)
+        members = members[table[members, depth] == blocks[counts.argmax()]]
+    return best

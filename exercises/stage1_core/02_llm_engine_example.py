@@ -1786,13 +1786,13 @@ def _(query, key_cache, value_cache, block_table, seq_lens, scale):
 @attend.adapt
 def _(answer, original):
     def _decode(self, query, caches, group, scale, sliding_window):
-        """The backend keeps its caches heads first, and the step's tables as rows of them."""
+        """The backend keeps its caches heads first, and the step's tables as rows of them, heads first too."""
         if sliding_window is not None:
             return original(self, query, caches, group, scale, sliding_window)
-        rows = group.cache_rows.view(len(query), self.num_kv_heads, -1)
-        table = (rows[:, 0] // self.num_kv_heads).int()
+        rows = group.cache_rows.view(self.num_kv_heads, len(query), -1)
+        table = (rows[0] // self.num_kv_heads).int()
         keys, values = (cache.transpose(1, 2) for cache in caches)
-        return answer(query, keys, values, table, group.seq_lens.int(), scale)
+        return answer(query, keys, values, table, group.own_lens.int(), scale)
 
     return _decode
 
