@@ -16,6 +16,7 @@ import io
 import os
 import pickle
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -44,6 +45,7 @@ from course_lib.executor.worker_process import NamedLines
 from course_lib.parallel.child_process import Inbox, listen_to_parent
 
 Send = Callable[[bytes], None]
+_SAY_SOMETHING_S = 1.0  # a replica at work is not silent for longer, except for the length of one step
 
 
 def run_replica(inbox: Inbox, send: Send) -> None:
@@ -80,6 +82,7 @@ class _Replica:
         self.tell = tell
         self.agreement = agreement
         self.member = WaveMember()  # used in lock step only
+        self._last_report = 0.0
         self._carry_out: dict[type, Callable[[Any], None]] = {
             AddRequest: self._add,
             AbortRequests: lambda message: core.abort_requests(message.request_ids),
@@ -156,9 +159,10 @@ class _Replica:
             raise EngineDeadError(f"a step in lock step has failed: {error}") from error
 
     def _report(self, news: list[EngineCoreOutput]) -> None:
-        stats = StepStats.of(self.core) if self.core.config.log_stats else None
-        if news or stats is not None:
+        stats, now = StepStats.of(self.core) if self.core.config.log_stats else None, time.monotonic()
+        if news or stats is not None or now - self._last_report > _SAY_SOMETHING_S:
             self.tell(News(news, stats))
+            self._last_report = now
 
 
 def main(name: str, descriptor: str) -> None:

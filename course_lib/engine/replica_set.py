@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import queue
+import time
 from typing import Any
 
 from course_lib.config import EngineConfig
@@ -41,6 +42,7 @@ class ReplicaSet:
     Attributes:
         links: the living, by number.
         max_model_lens: what fits each one's cache, by number.
+        last_heard: when each one's last message was received, by number; `time.monotonic`.
         ends: how those that are gone ended.
     """
 
@@ -48,8 +50,10 @@ class ReplicaSet:
         self.inbox: FrontInbox = FrontInbox()
         self.links: dict[int, ReplicaLink] = {}
         self.max_model_lens: dict[int, int] = {}
+        self.last_heard: dict[int, float] = {}
         self.ends: list[str] = []
         self._last_words: dict[int, Failure] = {}
+        self._given_up: dict[int, str] = {}
         self._owner = os.getpid()
         self._all: list[ReplicaLink] = []
         try:
@@ -109,13 +113,22 @@ class ReplicaSet:
             if link is None:  # known
                 return -1, None
             how, last_words = link.end(), self._last_words.get(replica)
-            if last_words is not None:
+            if replica in self._given_up:
+                how = self._given_up[replica]
+            elif last_words is not None:
                 how = f"has ended: {last_words.summary.splitlines()[0].rstrip('.')}"
             message = Gone(f"replica {replica} ({link.name}) {how}")
             self.ends.append(message.how)
-        elif isinstance(message, Failed) and message.fatal:
+            return replica, message
+        self.last_heard[replica] = time.monotonic()
+        if isinstance(message, Failed) and message.fatal:
             self._last_words[replica] = message.failure
         return replica, message
+
+    def give_up(self, replica: int, why: str) -> None:
+        """End a replica that hangs: `receive` will tell that it is gone."""
+        self._given_up[replica] = why
+        self.links[replica].end(0)
 
     def recheck(self) -> None:
         """Have `receive` tell again who is gone: an interrupted call of it may have told nobody."""

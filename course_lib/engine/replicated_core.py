@@ -3,7 +3,8 @@
 The front keeps its own copy of every unfinished request and appends to it what it has been told of its output: at any
 moment that copy is what another replica needs to go on. When a replica's connection ends, all that it ever sent has
 been read, so its unfinished requests are given to the others, which compute prompt and output so far again, as after
-a preemption, and go on with the next token. So what was told is never told again and never contradicted. (To run a
+a preemption, and go on with the next token. A replica that is at work and says nothing for longer than a step may take
+is ended, and then gone like any other. So what was told is never told again and never contradicted. (To run a
 request anew from its prompt and drop what comes twice would be slower, and wrong now and then: the new run may differ
 in a near-tie, and its second half would not fit the first half of the old one.) Penalties, `min_tokens`, `max_tokens`
 and the user's processors see prompt and output as what they are. A request's own seed goes on as well: each of its
@@ -24,6 +25,7 @@ import dataclasses
 import logging
 import pickle
 import queue
+import time
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -51,6 +53,7 @@ from course_lib.engine.replica_set import Gone, ReplicaSet
 from course_lib.engine.stat_logger import StatLogger
 from course_lib.errors import EngineDeadError
 from course_lib.executor.portable import Failure, pack
+from course_lib.parallel.config import STEP_TIME_LIMIT
 
 logger = logging.getLogger(__name__)
 
@@ -93,9 +96,15 @@ class ReplicatedCore:
         self._check_alive()
         # A replica may have room for longer sequences than the front promises.
         request.max_tokens = min(request.max_tokens, self.config.model.max_model_len - request.num_prompt_tokens)
-        entry = _InFlight(request, self.balancer.assign())
+        entry = _InFlight(request, self._assign())
         self._in_flight[request.request_id] = entry
         self._send(entry)
+
+    def _assign(self) -> int:
+        replica = self.balancer.assign()
+        if self.balancer.loads[replica] == 1:  # it had nothing to say before
+            self.replicas.last_heard[replica] = time.monotonic()
+        return replica
 
     def _send(self, entry: _InFlight) -> None:
         request, links = entry.request, self.replicas.links
@@ -138,12 +147,12 @@ class ReplicatedCore:
         if not self.has_work:
             return []
         if not self._news and self._failure is None and self._dead is None:
-            self._handle(*self.replicas.receive())
+            self._handle(*self._receive())
         try:
             while True:
                 self._handle(*self.replicas.receive(block=False))
         except queue.Empty:
-            pass
+            self._give_up_the_silent()
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
@@ -151,6 +160,23 @@ class ReplicatedCore:
             self._check_alive()
         news, self._news = self._news, []
         return news
+
+    def _receive(self) -> tuple[int, Any]:
+        """Wait for the next message, however long."""
+        while True:
+            try:
+                return self.replicas.receive(timeout=self.config.parallel.step_time_limit_s / 4)
+            except queue.Empty:
+                self._give_up_the_silent()
+
+    def _give_up_the_silent(self) -> None:
+        """Call it when all that has come was read: who has said nothing for so long, though at work, will not."""
+        limit_s = self.config.parallel.step_time_limit_s
+        overdue = time.monotonic() - limit_s
+        for replica in list(self.replicas.links):
+            if self.balancer.loads[replica] and self.replicas.last_heard[replica] < overdue:
+                limit = f"{limit_s:g} s (environment variable {STEP_TIME_LIMIT})"
+                self.replicas.give_up(replica, f"has said nothing for more than {limit}, though it had work to do")
 
     def wake(self) -> None:
         self.replicas.inbox.put(None)
@@ -206,7 +232,7 @@ class ReplicatedCore:
         moving = [entry for entry in self._in_flight.values() if entry.replica == replica]
         logger.warning("%s; its %d unfinished requests go on elsewhere", gone.how, len(moving))
         for entry in moving:
-            entry.replica = self.balancer.assign()
+            entry.replica = self._assign()
             entry.request.num_preemptions += entry.request.num_output_tokens > 0
             self._send(entry)
 
@@ -254,7 +280,7 @@ class ReplicatedCore:
         for link in self.replicas.links.values():
             link.send(Call(self._num_calls, method, data))
         while not self.replicas.links.keys() <= self._answers.keys():
-            self._handle(*self.replicas.receive())
+            self._handle(*self.replicas.receive())  # however long it takes
         self._check_alive()
         answers = [(replica, answer.value) for replica, answer in sorted(self._answers.items())]
         for replica, value in answers:

@@ -26,6 +26,7 @@ from course_lib.engine.coordinator import AGREE_EVERY
 from course_lib.engine.replicated_core import ReplicatedCore
 from course_lib.errors import EngineDeadError
 from course_lib.executor.portable import plain_config
+from course_lib.parallel.config import STEP_TIME_LIMIT
 from tests.engine import runner_calls
 from tests.engine.conftest import MAX_MODEL_LEN, VOCAB
 
@@ -94,20 +95,18 @@ class Answers:
         return [[token for output in outputs for token in output.outputs[0].token_ids] for outputs in every]
 
 
-def serve(
-    engine: LLMEngine, params: list[SamplingParams], after: int = -1, then: Callable[[], None] | None = None
-) -> Answers:
-    """Answer all prompts; call `then` once `after` tokens have come."""
+def serve(engine: LLMEngine, params: list[SamplingParams], victim: int | None = None) -> Answers:
+    """Answer all prompts; kill replica `victim` once it has told tokens of several requests that it has to finish."""
     answers = Answers()
     for i, one in enumerate(params):
         engine.add_request(str(i), PROMPTS[i], one)
     while engine.has_unfinished_requests():
         for output in engine.step():
             answers.take(output)
-        if then is not None and answers.num_tokens >= after:
-            then()
-            then = None
-    assert then is None
+        if victim is not None and num_begun(engine.core, victim) >= 5:
+            kill(engine.core, victim)
+            victim = None
+    assert victim is None
     return answers
 
 
@@ -120,6 +119,12 @@ def expected(tiny_model_path: Path) -> dict[str, Answers]:
 
 def process_of(core: ReplicatedCore, replica: int) -> int:
     return int(core.replicas.links[replica].name.removeprefix("process "))
+
+
+def num_begun(core: ReplicatedCore, replica: int) -> int:
+    """Unfinished requests of which it has told output."""
+    entries = core._in_flight.values()
+    return sum(entry.replica == replica and entry.request.num_output_tokens > 0 for entry in entries)
 
 
 def kill(core: ReplicatedCore, replica: int) -> None:
@@ -268,11 +273,11 @@ def test_what_a_killed_replica_had_not_finished_goes_on_elsewhere(
     """The last of this file to use this engine, as one of its replicas is left, and then none."""
     core = replicated.core
     pids = [process_of(core, replica) for replica in range(2)]
-    answers = serve(replicated, DEMANDING, after=60, then=lambda: kill(core, 1))
+    answers = serve(replicated, DEMANDING, victim=1)
     assert "replica 1 (process" in caplog.text and "was killed by SIGKILL; its 12 unfinished requests" in caplog.text
     assert answers.tokens() == expected["demanding"].tokens()
     moved = [outputs for outputs in answers.outputs.values() if outputs[-1].metrics.num_preemptions]
-    assert 1 <= len(moved) <= 12 and all(len(outputs) > 1 for outputs in moved)
+    assert 5 <= len(moved) <= 12 and all(len(outputs) > 1 for outputs in moved)
     for name, mine in answers.outputs.items():
         assert all(len(one.outputs[0].logprobs) == len(one.outputs[0].token_ids) for one in mine)
         theirs = expected["demanding"].outputs[name]
@@ -280,7 +285,7 @@ def test_what_a_killed_replica_had_not_finished_goes_on_elsewhere(
     assert core.balancer.loads == {0: 0} and core.reset_prefix_cache()
 
     with pytest.raises(EngineDeadError) as caught:
-        serve(replicated, PLAIN, after=60, then=lambda: kill(core, 0))
+        serve(replicated, PLAIN, victim=0)
     message = str(caught.value)
     assert message.startswith("no replica is left: replica 1 (process ")
     assert message.count("was killed by SIGKILL") == 2
@@ -297,7 +302,13 @@ def test_a_replica_that_cannot_start_ends_the_others_and_says_why(tiny_model_pat
         LLMEngine.from_engine_args(args)
 
 
-def test_coroutines_do_not_notice_that_a_replica_dies(tiny_model_path: Path, expected: dict[str, Answers]) -> None:
+def test_coroutines_do_not_notice_that_one_replica_dies_and_another_hangs(
+    tiny_model_path: Path,
+    expected: dict[str, Answers],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv(STEP_TIME_LIMIT, "4")
     answers = Answers()
 
     async def collect(engine: AsyncLLM, i: int) -> None:
@@ -305,14 +316,15 @@ def test_coroutines_do_not_notice_that_a_replica_dies(tiny_model_path: Path, exp
             answers.take(output)
 
     async def main() -> list[int]:
-        args = engine_args(tiny_model_path, data_parallel_size=2)
+        args = engine_args(tiny_model_path, data_parallel_size=3)
         engine = AsyncLLM.from_engine_args(args)
         core = engine._core
-        pids = [process_of(core, replica) for replica in range(2)]
+        pids = [process_of(core, replica) for replica in range(3)]
         tasks = [asyncio.create_task(collect(engine, i)) for i in range(COUNT - 1)]
         while answers.num_tokens < 60:
             await asyncio.sleep(0.001)
         kill(core, 0)
+        os.kill(pids[1], signal.SIGSTOP)
         tasks.append(asyncio.create_task(collect(engine, COUNT - 1)))
         await asyncio.wait_for(asyncio.gather(*tasks), timeout=30)
         assert await engine.reset_prefix_cache()
@@ -321,6 +333,7 @@ def test_coroutines_do_not_notice_that_a_replica_dies(tiny_model_path: Path, exp
     threads = set(threading.enumerate())
     pids = asyncio.run(main())
     assert answers.tokens() == expected["plain"].tokens()
+    assert "has said nothing for more than 4 s" in caplog.text
     gc.collect()
     assert_gone(pids, within_s=5)
     for thread in set(threading.enumerate()) - threads:
