@@ -11,7 +11,8 @@ import pytest
 # Before anything imports torch. A container may own fewer cores than torch would count, and more threads than
 # cores, or than these small tensors have use for, make every test slower.
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-os.environ.setdefault("OMP_NUM_THREADS", str(min(4, _CORES)))
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))  # that share the cores
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(4, _CORES // _WORKERS))))
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the command line does
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a hub

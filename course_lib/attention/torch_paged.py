@@ -1,6 +1,7 @@
-"""Paged attention in plain torch: the CPU's backend.
+"""Paged attention on a CPU: in plain torch, and where they are compiled by kernels of our own (`kernels/cpu`).
 
-Four things make it quick without a line of C++:
+Requests with one new token are what the kernels are for: they read keys and values in the blocks where they lie.
+Without them, four things make plain torch quick:
 * The cache is stored heads before offsets, `[blocks, Hkv, block size, D]`, so that one gather of
   whole (block, head) rows yields contiguous keys per head, which batched matrix products want.
 * Requests with one new token are gathered and computed together, in groups of similar length that
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 
 from course_lib.attention.backend import KVCache, zeros_on_demand
 from course_lib.attention.metadata import AttentionMetadata
+from kernels.cpu import compiled_kernels
 
 # Keys plus values gathered at a time, in bytes: half of a common last-level cache. Half as much was
 # slower (more calls), half as much again no faster.
@@ -35,15 +37,25 @@ _WORTH_SHARING = 2048
 
 
 @dataclass(slots=True)
-class DecodeGroup:
-    """B requests with one new token each, the same P positions at first, and nearly equal lengths, padded to L more."""
+class Gather:
+    """How to bring the keys and values of B requests together: the same P positions at first, then L of each one's
+    own, padded."""
 
-    token_rows: torch.Tensor | slice  # [B] rows of the flat batch
     cache_rows: torch.Tensor  # int64 [Hkv * (B * own + prefix blocks)]: rows of the cache seen as [NB * Hkv, BS * D]
     own_lens: torch.Tensor  # int64 [B]: positions after the common prefix
     padded_len: int  # L
     prefix_len: int  # P, whole blocks
     masks: dict[int | None, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)  # by window
+
+
+@dataclass(slots=True)
+class DecodeGroup:
+    """B requests with one new token each that are computed together."""
+
+    token_rows: torch.Tensor | slice  # [B] rows of the flat batch
+    block_table: torch.Tensor  # int32 [B, M]
+    seq_lens: torch.Tensor  # int32 [B]
+    gather: Gather | None  # None where a kernel reads the blocks where they lie
 
 
 @dataclass(slots=True)
@@ -67,9 +79,11 @@ class TorchPlan:
 
 
 class TorchPagedBackend:
-    """See the module. Built by `make_backend`."""
+    """See the module. Built by `make_backend`.
 
-    fuses_rotary = False
+    Where the CPU's own kernels are compiled (`kernels/cpu`), they rotate, write the cache and attend for requests with
+    one new token.
+    """
 
     def __init__(
         self, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
@@ -79,9 +93,16 @@ class TorchPagedBackend:
         self.head_dim = head_dim
         self.dtype = dtype
         self.device = device
+        kernels = compiled_kernels() if device.type == "cpu" else None
+        usable = kernels is not None and dtype in kernels.DTYPES and head_dim in kernels.HEAD_SIZES
+        self._kernels = kernels if usable else None
         self._heads = torch.arange(num_kv_heads, device=device)
         # Gathered keys and values; reused by every layer and step, grown when a group needs more.
         self._scratch = torch.empty(2, 0, dtype=dtype, device=device)
+
+    @property
+    def fuses_rotary(self) -> bool:
+        return self._kernels is not None
 
     def allocate_cache(self, num_layers: int, num_blocks: int) -> list[KVCache]:
         """One (keys, values) pair per layer, logical shape [NB, BS, Hkv, D], stored heads first."""
@@ -93,18 +114,10 @@ class TorchPagedBackend:
 
     def plan(self, metadata: AttentionMetadata) -> TorchPlan:
         """Sort the batch into decode groups and prefills, and compute all indices."""
-        slots = metadata.slot_mapping
-        block, offset = slots // self.block_size, slots % self.block_size
-        write_rows = (block[:, None] * self.num_kv_heads + self._heads) * self.block_size + offset[:, None]
-
         starts = metadata.query_start_loc_host
         query_lens = np.diff(starts)
         seq_lens = metadata.seq_lens_host
-        groups = [
-            self._decode_group(metadata, part, prefix)
-            for reqs, prefix in self._by_common_prefix(metadata, np.flatnonzero(query_lens == 1))
-            for part in self._split_by_length(reqs, seq_lens - prefix)
-        ]
+        groups = self._decode_groups(metadata, np.flatnonzero(query_lens == 1))
         prefills = []
         for req in np.flatnonzero(query_lens > 1):
             seq_len, query_len = int(seq_lens[req]), int(query_lens[req])
@@ -113,7 +126,25 @@ class TorchPagedBackend:
                 num_blocks = -(-seq_len // self.block_size)
                 rows = self._cache_rows(metadata.block_table[req : req + 1, :num_blocks])
             prefills.append(PrefillRequest(int(starts[req]), int(starts[req + 1]), seq_len, rows))
-        return TorchPlan(write_rows.reshape(-1), groups, prefills)
+        return TorchPlan(self._write_rows(metadata.slot_mapping), groups, prefills)
+
+    def _write_rows(self, slots: torch.Tensor) -> torch.Tensor:
+        block, offset = slots // self.block_size, slots % self.block_size
+        rows = (block[:, None] * self.num_kv_heads + self._heads) * self.block_size + offset[:, None]
+        return rows.reshape(-1)
+
+    def _decode_groups(self, metadata: AttentionMetadata, reqs: np.ndarray) -> list[DecodeGroup]:
+        if len(reqs) == 0:
+            return []
+        if self._kernels is not None:
+            return [self._decode_group(metadata, reqs)]
+        groups = []
+        for members, prefix_len in self._by_common_prefix(metadata, reqs):
+            for part in self._split_by_length(members, metadata.seq_lens_host - prefix_len):
+                group = self._decode_group(metadata, part)
+                group.gather = self._gather_plan(group, int(metadata.seq_lens_host[part].max()), prefix_len)
+                groups.append(group)
+        return groups
 
     def _by_common_prefix(self, metadata: AttentionMetadata, reqs: np.ndarray) -> list[tuple[np.ndarray, int]]:
         """Sort `reqs` into sets with the length of what they have in common, in positions; 0 for the last set."""
@@ -145,24 +176,20 @@ class TorchPagedBackend:
                 start = end
         return groups
 
-    def _decode_group(self, metadata: AttentionMetadata, reqs: np.ndarray, prefix_len: int) -> DecodeGroup:
-        first = prefix_len // self.block_size
-        end = -(-int(metadata.seq_lens_host[reqs].max()) // self.block_size)
+    def _decode_group(self, metadata: AttentionMetadata, reqs: np.ndarray) -> DecodeGroup:
+        if len(reqs) == metadata.query_start_loc_host[-1]:  # simply the whole batch
+            return DecodeGroup(slice(None), metadata.block_table, metadata.seq_lens, None)
         index = torch.from_numpy(reqs).to(self.device)
-        rows: torch.Tensor | slice = slice(None)
-        if len(reqs) != metadata.query_start_loc_host[-1]:  # not simply the whole batch
-            rows = torch.from_numpy(metadata.query_start_loc_host[reqs].astype(np.int64)).to(self.device)
-        cache_rows = self._cache_rows(metadata.block_table[index, first:end])
+        rows = torch.from_numpy(metadata.query_start_loc_host[reqs].astype(np.int64)).to(self.device)
+        return DecodeGroup(rows, metadata.block_table[index], metadata.seq_lens[index], None)
+
+    def _gather_plan(self, group: DecodeGroup, longest: int, prefix_len: int) -> Gather:
+        first, end = prefix_len // self.block_size, -(-longest // self.block_size)
+        cache_rows = self._cache_rows(group.block_table[:, first:end])
         if first:
-            common = self._cache_rows(metadata.block_table[index[:1], :first])
-            cache_rows = torch.cat((cache_rows, common))
-        return DecodeGroup(
-            token_rows=rows,
-            cache_rows=cache_rows,
-            own_lens=metadata.seq_lens[index].long() - prefix_len,
-            padded_len=(end - first) * self.block_size,
-            prefix_len=prefix_len,
-        )
+            cache_rows = torch.cat((cache_rows, self._cache_rows(group.block_table[:1, :first])))
+        own_lens = group.seq_lens.long() - prefix_len
+        return Gather(cache_rows, own_lens, (end - first) * self.block_size, prefix_len)
 
     def _cache_rows(self, block_table: torch.Tensor) -> torch.Tensor:
         """block_table [B, n] -> rows [Hkv * B * n] of the cache seen as [NB * Hkv, BS * D]."""
@@ -184,10 +211,41 @@ class TorchPagedBackend:
         caches = [cache.transpose(1, 2) for cache in kv_cache]  # back to how they are stored
         for cache, new in zip(caches, (key, value), strict=True):
             cache.view(-1, self.head_dim).index_copy_(0, plan.write_rows, new.reshape(-1, self.head_dim))
+        return self._attend(query, key, value, caches, plan, scale, sliding_window)
+
+    def forward_rotary(
+        self,
+        qkv: torch.Tensor,
+        cos_sin: torch.Tensor,
+        positions: torch.Tensor,
+        kv_cache: KVCache,
+        metadata: AttentionMetadata,
+        scale: float,
+        sliding_window: int | None,
+    ) -> torch.Tensor:
+        """As `forward`, from unrotated qkv [T, (H + 2 * Hkv) * D] and the rotary table's rows `positions`."""
+        self._kernels.rotary_and_cache(qkv, cos_sin, positions, *kv_cache, metadata.slot_mapping)
+        heads = qkv.view(len(qkv), -1, self.head_dim)
+        query, key, value = heads.tensor_split((-2 * self.num_kv_heads, -self.num_kv_heads), dim=1)
+        caches = [cache.transpose(1, 2) for cache in kv_cache]
+        return self._attend(query, key, value, caches, metadata.plan, scale, sliding_window)
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        caches: list[torch.Tensor],
+        plan: TorchPlan,
+        scale: float,
+        sliding_window: int | None,
+    ) -> torch.Tensor:
+        """query, key and value [T, heads, D], rotated; the last two are in the cache, too. -> [T, H, D]"""
+        if len(plan.decode) == 1 and not plan.prefill:
+            return self._decode(query, caches, plan.decode[0], scale, sliding_window)
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         for group in plan.decode:
-            decode = self._decode_behind_prefix if group.prefix_len else self._decode
-            out[group.token_rows] = decode(query[group.token_rows], caches, group, scale, sliding_window)
+            out[group.token_rows] = self._decode(query[group.token_rows], caches, group, scale, sliding_window)
         for request in plan.prefill:
             rows = slice(request.start, request.end)
             out[rows] = self._prefill(query[rows], key[rows], value[rows], caches, request, scale, sliding_window)
@@ -211,13 +269,31 @@ class TorchPagedBackend:
         scale: float,
         sliding_window: int | None,
     ) -> torch.Tensor:
-        """Of a group without a common prefix: query [B, H, D] -> [B, H, D]."""
+        """query [B, H, D] -> [B, H, D]."""
+        if self._kernels is not None:
+            k_cache, v_cache = (cache.transpose(1, 2) for cache in caches)
+            return self._kernels.paged_attention_decode(
+                query, k_cache, v_cache, group.block_table, group.seq_lens, scale, sliding_window=sliding_window
+            )
+        gathered = self._gather(caches, group.gather.cache_rows)
+        attend = self._attend_behind_prefix if group.gather.prefix_len else self._attend_gathered
+        return attend(query, gathered, group.gather, scale, sliding_window)
+
+    def _attend_gathered(
+        self,
+        query: torch.Tensor,
+        gathered: list[torch.Tensor],
+        plan: Gather,
+        scale: float,
+        sliding_window: int | None,
+    ) -> torch.Tensor:
+        """Without a common prefix."""
         batch, num_heads, head_dim = query.shape
         kv_heads, heads_per_kv = self.num_kv_heads, num_heads // self.num_kv_heads
-        key, value = (t.view(kv_heads * batch, -1, head_dim) for t in self._gather(caches, group.cache_rows))
+        key, value = (t.view(kv_heads * batch, -1, head_dim) for t in gathered)
         packed = query.view(batch, kv_heads, heads_per_kv, head_dim).transpose(0, 1).reshape(-1, heads_per_kv, head_dim)
-        mask, _ = self._decode_masks(group, sliding_window, heads_per_kv)
-        if batch * group.padded_len <= _FEW_POSITIONS and self.dtype.itemsize < 4:
+        mask, _ = self._decode_masks(plan, sliding_window, heads_per_kv)
+        if batch * plan.padded_len <= _FEW_POSITIONS and self.dtype.itemsize < 4:
             # oneDNN spends a tenth of a millisecond on preparing a product of 16-bit numbers, however small
             per_head = (t.view(kv_heads, batch, -1, head_dim) for t in (packed, key, value))
             four = mask.view(kv_heads, batch, 1, -1).expand(-1, -1, heads_per_kv, -1)
@@ -227,49 +303,48 @@ class TorchPagedBackend:
             out = torch.bmm(torch.softmax(scores, dim=-1), value)
         return out.view(kv_heads, batch, heads_per_kv, head_dim).transpose(0, 1).reshape(query.shape)
 
-    def _decode_behind_prefix(
+    def _attend_behind_prefix(
         self,
         query: torch.Tensor,
-        caches: list[torch.Tensor],
-        group: DecodeGroup,
+        gathered: list[torch.Tensor],
+        plan: Gather,
         scale: float,
         sliding_window: int | None,
     ) -> torch.Tensor:
-        """As `_decode`, with one product for the common positions of all requests, and one softmax over both parts."""
+        """With one product for the common positions of all requests, and one softmax over both parts."""
         batch, num_heads, head_dim = query.shape
         kv_heads, heads_per_kv = self.num_kv_heads, num_heads // self.num_kv_heads
-        gathered = self._gather(caches, group.cache_rows)
-        own_rows = kv_heads * batch * group.padded_len // self.block_size
+        own_rows = kv_heads * batch * plan.padded_len // self.block_size
         key, value = (t[:own_rows].view(kv_heads * batch, -1, head_dim) for t in gathered)
         first_key, first_value = (t[own_rows:].view(kv_heads, -1, head_dim) for t in gathered)
         by_head = query.view(batch, kv_heads, heads_per_kv, head_dim).transpose(0, 1).contiguous()
         packed, together = by_head.view(-1, heads_per_kv, head_dim), by_head.view(kv_heads, -1, head_dim)
-        mask, first_mask = self._decode_masks(group, sliding_window, heads_per_kv)
+        mask, first_mask = self._decode_masks(plan, sliding_window, heads_per_kv)
         first_scores = torch.baddbmm(first_mask, together, first_key.transpose(1, 2), alpha=scale)
         scores = torch.baddbmm(mask, packed, key.transpose(1, 2), alpha=scale)
         both = torch.cat((first_scores.view(len(packed), heads_per_kv, -1), scores), dim=-1)
-        first_weights, weights = torch.softmax(both, dim=-1).split((group.prefix_len, group.padded_len), dim=-1)
+        first_weights, weights = torch.softmax(both, dim=-1).split((plan.prefix_len, plan.padded_len), dim=-1)
         out = torch.bmm(first_weights.reshape(first_scores.shape), first_value).view(packed.shape)
         out = torch.baddbmm(out, weights, value)
         return out.view(by_head.shape).transpose(0, 1).reshape(query.shape)
 
     def _decode_masks(
-        self, group: DecodeGroup, sliding_window: int | None, heads_per_kv: int
+        self, plan: Gather, sliding_window: int | None, heads_per_kv: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Additive, 0 where the newest token may look, -inf elsewhere: [Hkv * B, 1, L] for the requests' own positions,
         [1, B * H / Hkv, P] or, as nothing is hidden without a window, [1, 1, 1] for the common ones."""
-        masks = group.masks.get(sliding_window)
+        masks = plan.masks.get(sliding_window)
         if masks is None:
-            positions = torch.arange(group.padded_len, device=self.device)
-            lengths = group.own_lens[:, None]
+            positions = torch.arange(plan.padded_len, device=self.device)
+            lengths = plan.own_lens[:, None]
             hidden = positions >= lengths
             common = torch.zeros(1, 1, 1, dtype=self.dtype, device=self.device)
             if sliding_window is not None:
                 hidden |= positions < lengths - sliding_window
-                outside = torch.arange(-group.prefix_len, 0, device=self.device) < lengths - sliding_window
+                outside = torch.arange(-plan.prefix_len, 0, device=self.device) < lengths - sliding_window
                 common = self._additive(outside.repeat_interleave(heads_per_kv, dim=0))[None]
             masks = self._additive(hidden).repeat(self.num_kv_heads, 1)[:, None], common
-            group.masks[sliding_window] = masks
+            plan.masks[sliding_window] = masks
         return masks
 
     def _additive(self, hidden: torch.Tensor) -> torch.Tensor:

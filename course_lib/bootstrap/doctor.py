@@ -120,6 +120,10 @@ def _packages(facts: dict, managed: bool) -> Iterable[Finding]:
 def _devices(facts: dict) -> Iterable[Finding]:
     if "threads" in facts:
         yield Finding("torch threads", f"{facts['threads']}, {facts['cpu_capability']} kernels")
+        compiled = facts["cpu_kernels"]
+        possible = not compiled and sys.platform.startswith("linux")
+        remedy = f"install g++, then `{facts['executable']} -m kernels.cpu.build`" if possible else ""
+        yield Finding("CPU kernels", compiled or "not compiled: torch's operations serve, and are slower", remedy)
     for device in facts["cuda_devices"]:
         yield Finding("CUDA device", device)
     if has_nvidia_gpu() and not facts["cuda_devices"] and "threads" in facts:

@@ -1,4 +1,4 @@
-"""The virtual environment: made once, brought up to date when the requirements change.
+"""The virtual environment: made once, brought up to date when the requirements or the CPU kernels change.
 
 Invariants: the stamp is written last, so an environment with a current stamp is complete; a folder
 is emptied only if it carries the mark this module left when it made it; everything between happens
@@ -22,6 +22,7 @@ from course_lib.bootstrap.lock import exclusive_lock
 from course_lib.bootstrap.packages import LOG, install_requirements
 from course_lib.bootstrap.places import (
     CONSTRAINTS,
+    CPU_KERNELS,
     REPO_ROOT,
     REQUIREMENTS,
     child_environment,
@@ -80,7 +81,11 @@ def is_current(venv: Path) -> bool:
 
 def _stamp() -> dict[str, str]:
     pins = REQUIREMENTS.read_bytes() + b"\0" + CONSTRAINTS.read_bytes()
-    return {"requirements": hashlib.sha256(pins).hexdigest(), "root": str(REPO_ROOT)}
+    return {
+        "requirements": hashlib.sha256(pins).hexdigest(),
+        "kernels": hashlib.sha256(CPU_KERNELS.read_bytes()).hexdigest(),
+        "root": str(REPO_ROOT),
+    }
 
 
 def _set_up(venv: Path, lock_descriptor: int) -> None:
@@ -91,6 +96,7 @@ def _set_up(venv: Path, lock_descriptor: int) -> None:
     install_requirements(venv, site_packages, lock_descriptor)
     # the kernel, pytest and scripts anywhere find `course_lib` and `kernels` in this folder
     (site_packages / "course_lib.pth").write_text(f"{REPO_ROOT}\n", encoding="utf-8")
+    run([str(venv_python(venv)), "-m", "kernels.cpu.build"], env=child_environment())  # says so if it cannot
     partial = venv / (STAMP + ".partial")
     partial.write_text(json.dumps({**_stamp(), "python": version}), encoding="utf-8")
     os.replace(partial, venv / STAMP)

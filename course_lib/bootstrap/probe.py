@@ -10,6 +10,7 @@ import platform
 import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 PACKAGES = (
     "torch",
@@ -30,6 +31,7 @@ PACKAGES = (
 
 
 def main() -> None:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `kernels`
     facts: dict[str, object] = {
         "python": platform.python_version(),
         "executable": sys.executable,
@@ -54,6 +56,8 @@ def main() -> None:
             facts["threads"] = module.get_num_threads()
             facts["cpu_capability"] = module.backends.cpu.get_cpu_capability()
             facts["cuda_build"] = module.version.cuda
+            build = import_module("kernels.cpu.build")
+            facts["cpu_kernels"] = str(build.library_path()) if build.library_path().exists() else None
             for index in range(module.cuda.device_count()):
                 device = module.cuda.get_device_properties(index)
                 facts["cuda_devices"].append(f"{device.name}, {device.total_memory / 1e9:.0f} GB")

@@ -62,7 +62,12 @@ class LLMEngine:
         self.enqueue(prepared)
 
     def enqueue(self, prepared: PreparedRequest) -> None:
-        """Queue what `frontend.prepare` has checked. Raises ValueError if the id is in use."""
+        """Queue what `frontend.prepare` has checked.
+
+        Raises EngineDeadError if nothing is left to serve it, ValueError if the id is in use.
+        """
+        if prepared.request_id in self.frontend.output_processor.live:
+            self.core.check_health()  # the ids that a dead engine has not finished are no fault of the caller's
         requests = self.frontend.register(prepared)
         try:
             for request in requests:

@@ -2,10 +2,9 @@
 
 float32 goes to MKL, whose product of a few rows with a large matrix is slow: two rows took six to eight times as
 long as with the factors exchanged, sixty-four rows 1.3 to 1.5 times. So for few rows y = x W^T is computed as
-y^T = W x^T. Measured on an AVX-512 machine; from some hundred rows on the usual way round is as good. One row is
-computed as two equal ones: a matrix-vector product reads weights at 12 GB/s whether they lie in memory or in the
-cache, a product with two columns as fast as they come. All products of the course model's decode step: 46 ms for one
-row, 41 for the same row twice while memory was slow, down to 31; from the cache 43 and 17.
+y^T = W x^T. Measured on an AVX-512 machine; from some hundred rows on the usual way round is as good. MKL's product of
+one row reads weights at 12 GB/s at best, whether they lie in memory or in the cache; our own (`kernels/cpu`) reads them
+as fast as they come. Where that is not compiled, one row is computed as two equal ones, which is nearly as good.
 
 Reduced precision goes to oneDNN, which multiplies by blocked tiles of the weight. Given a plain matrix it must
 gather those tiles on every call; given a weight packed once, at load time, it streams. A packed weight is an opaque
@@ -25,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from course_lib.layers.few_rows_weight import FewRowsWeight
+from course_lib.layers.fused import fused_kernels
 
 # The batch size oneDNN tunes the layout for. Layouts for 64 and 256 rows were the fastest at every size measured
 # from 1 to 1,024 rows; the one for a single row was slower even for a single row.
@@ -75,9 +75,13 @@ def is_few_rows(x: torch.Tensor) -> bool:
 def few_rows_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`x W^T + b` as the transpose of `W x^T + b`: [T, out], a transposed view of contiguous memory.
 
-    For one row a view of one of two equal columns.
+    For one row and without kernels of our own a view of one of two equal columns.
     """
     if x.shape[0] == 1:
+        kernels = fused_kernels(x)
+        if kernels is not None and weight.is_contiguous():
+            product = kernels.few_rows_linear(x, weight)
+            return product if bias is None else product.add_(bias)
         return few_rows_linear(torch.cat((x, x)), weight, bias)[:1]
     if bias is None:
         return torch.mm(weight, x.t()).t()

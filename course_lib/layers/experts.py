@@ -22,7 +22,7 @@ from torch import nn
 from course_lib.layers.activation import silu_and_mul
 from course_lib.layers.cpu_matmul import few_rows_linear, is_few_rows, linear, pack
 from course_lib.layers.few_rows_weight import FewRowsWeight, four_bit_form
-from course_lib.layers.fused import fused_kernels
+from course_lib.layers.fused import gpu_kernels
 from course_lib.layers.linear import frozen
 from course_lib.layers.weights import FusedModule, WeightSlot, as_slice
 from course_lib.parallel.group import ParallelGroups
@@ -124,7 +124,7 @@ class Experts(FusedModule):
 
         x [T, hidden], weights float32 [T, k] and expert_ids int64 [T, k] -> [T, hidden].
         """
-        kernels = fused_kernels(x)
+        kernels = gpu_kernels(x)
         if kernels is not None:
             return kernels.moe_mlp(
                 x, self.gate_up, self.down, expert_ids, weights, first_expert=self.share.experts.start

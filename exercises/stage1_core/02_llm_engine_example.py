@@ -1786,13 +1786,12 @@ def _(query, key_cache, value_cache, block_table, seq_lens, scale):
 @attend.adapt
 def _(answer, original):
     def _decode(self, query, caches, group, scale, sliding_window):
-        """The backend keeps its caches heads first, and the step's tables as rows of them, heads first too."""
+        """The backend keeps its caches heads first."""
         if sliding_window is not None:
             return original(self, query, caches, group, scale, sliding_window)
-        rows = group.cache_rows.view(self.num_kv_heads, len(query), -1)
-        table = (rows[0] // self.num_kv_heads).int()
+        width = -(-int(group.seq_lens.max()) // self.block_size)
         keys, values = (cache.transpose(1, 2) for cache in caches)
-        return answer(query, keys, values, table, group.own_lens.int(), scale)
+        return answer(query, keys, values, group.block_table[:, :width], group.seq_lens, scale)
 
     return _decode
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import pickle
 import random
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -50,13 +51,13 @@ said_per_token = Question(
 
 faster = Question(
     "04.b",
-    "One process with two threads against three processes with one thread each, on the same machine. How long does "
-    "one decode step take with three ranks?",
+    "One process with all cores of this machine, or three processes with one thread each, on the same machine. How "
+    "long does one decode step take with three ranks?",
     [
         Choice(
             "about a third of the time",
-            "Each rank reads a third of the weights, but out of the same memory, with the same two cores. Three "
-            "memories would have to be three machines or three GPUs.",
+            "Each rank reads a third of the weights, but out of the same memory, and with cores that the one process "
+            "had, too. Three memories would have to be three machines or three GPUs.",
         ),
         Choice(
             "about the same",
@@ -65,8 +66,8 @@ faster = Question(
         ),
         Choice(
             "longer",
-            "The same memory, the same cores, and 62 meetings per step on top, at which three processes wait for "
-            "each other on two cores.",
+            "The same memory, no more cores, and 62 meetings per step on top, at each of which everybody waits for "
+            "the last.",
             right=True,
         ),
     ],
@@ -110,8 +111,8 @@ mlp = Exercise(
         "Only the last.",
         "h = x @ gate_up.T has the rank's gate features first and its up features behind; chunk(2, dim=-1) parts them. "
         "The product with down gives a term of the sum for every output. The bias belongs to the sum, once.",
-        "gate, up = (x @ gate_up.T).chunk(2, dim=-1); y = (silu(gate) * up) @ down.T; if bias is not None and "
-        "group.rank == 0: y = y + bias; return group.all_reduce(y).",
+        "gate, up = (x @ gate_up.T).chunk(2, dim=-1); y = (silu(gate) * up) @ down.T; if there is a bias and this rank is "
+        "the one to add it: y = y + bias; return ...(y).",
     ),
 )
 
@@ -124,40 +125,70 @@ def _(rng: random.Random) -> Iterator[Case]:
         return torch.randn(*shape, generator=generator)
 
     for label, tokens, hidden, inner, ranks, biased in (
-        ("3 ranks, one token, no bias", 1, 2, 6, 3, False),
+        ("3 ranks, one token, no bias", 1, 3, 6, 3, False),
         ("3 ranks, four tokens, no bias", 4, 6, 12, 3, False),
         ("2 ranks, three tokens, with a bias", 3, 4, 8, 2, True),
         ("one rank alone", 2, 4, 6, 1, True),
         ("5 ranks, two tokens, with a bias", 2, 6, 10, 5, True),
     ):
         bias = weights(hidden) * 3 if biased else None
-        tensors = (weights(tokens, hidden), weights(inner, hidden), weights(inner, hidden), weights(hidden, inner))
-        yield Case(label, *tensors, bias, ranks)
+        yield Case(label, weights(tokens, hidden), weights(2 * inner, hidden), weights(hidden, inner), bias, ranks)
+
+
+def _by_rank(results):
+    """What the ranks return, in a form that names them where a difference is told."""
+    return {f"rank {rank}": result for rank, result in enumerate(results)}
 
 
 @mlp.expected
-def _(x, gate, up, down, bias, ranks):
+def _(x, gate_up, down, bias, ranks):
     """In one piece, in double precision; every rank must have it."""
-    x, gate, up, down = (one.double() for one in (x, gate, up, down))
-    inner = x @ gate.T
-    y = (inner / (1 + (-inner).exp()) * (x @ up.T)) @ down.T
+    gate, up = gate_up.double().chunk(2)
+    inner = x.double() @ gate.T
+    y = (inner / (1 + (-inner).exp()) * (x.double() @ up.T)) @ down.double().T
     y = y if bias is None else y + bias.double()
-    return [y.float() for _ in range(ranks)]
+    return _by_rank([y.float()] * ranks)
 
 
-def _shares(gate, up, down, rank, ranks):
-    size = len(gate) // ranks
+def _shares(gate_up, down, rank, ranks):
+    size = down.shape[1] // ranks
     own = slice(rank * size, (rank + 1) * size)
-    return torch.cat([gate[own], up[own]]), down[:, own].contiguous()
+    return torch.cat([half[own] for half in gate_up.chunk(2)]), down[:, own].contiguous()
 
 
 @mlp.run
-def _(answer, x, gate, up, down, bias, ranks):
-    def rank(group):
-        gate_up, own_down = _shares(gate, up, down, group.rank, ranks)
-        return answer(x.clone(), gate_up, own_down, None if bias is None else bias.clone(), group)
+def _(answer, x, gate_up, down, bias, ranks):
+    kept = _Kept(x=x, gate_up=gate_up, down=down, bias=bias)
 
-    return in_turns(ranks, rank)
+    def rank(group):
+        before = x, *_shares(gate_up, down, group.rank, ranks), bias
+        own = [one if one is None else one.clone() for one in before]
+        result = answer(*own, group)
+        kept.compare(before, own)
+        return result
+
+    with kept:
+        return _by_rank(in_turns(ranks, rank))
+
+
+class _Kept:
+    """The tensors of a case that ranks have copies of: at the end, those whose copies a rank has changed are changed,
+    too, so that the check notices."""
+
+    def __init__(self, **tensors):
+        self.tensors = list(tensors.values())
+        self.changed: set[int] = set()
+
+    def compare(self, before, after):
+        self.changed |= {i for i, (one, other) in enumerate(zip(before, after, strict=True))
+                         if one is not None and not torch.equal(one, other)}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for i in self.changed:
+            self.tensors[i].add_(1)
 
 
 @mlp.symptom(
@@ -175,8 +206,23 @@ def _(failure):
     "output feature: they must be added, by all_reduce.",
 )
 def _(failure):
-    got, expected = failure.got[0], failure.expected[0]
+    got, expected = failure.got["rank 0"], failure.expected["rank 0"]
     return got.numel() == expected.numel() * failure.args[-1] and failure.args[-1] > 1
+
+
+def _in_this_case(*variants):
+    """Whether the answer gave what one of these variants of the solution gives in the case that failed.
+
+    The first case has no bias: there a mistake shows whatever the answer does with the bias.
+    """
+
+    def given(failure):
+        results = [mlp.run_function(_mlp(**joints), *failure.args) for joints in variants]
+        return not failure.error and any(
+            all(torch.allclose(failure.got[rank], one, 1e-4, 1e-5) for rank, one in theirs.items()) for theirs in results
+        )
+
+    return given
 
 
 def _mlp(*, act=F.silu, up_act=lambda up: up, split="halves", order="gate first", bias_on="rank 0", reduce="y", where="end"):
@@ -189,7 +235,8 @@ def _mlp(*, act=F.silu, up_act=lambda up: up, split="halves", order="gate first"
         gate, up = h.chunk(2, dim=-1) if split == "halves" else (h[:, 0::2], h[:, 1::2])
         if order == "up first":
             gate, up = up, gate
-        y = (act(gate) * up_act(up)) @ down.T
+        inner = act(gate) * up_act(up)
+        y = (group.all_reduce(inner) if where == "behind silu" else inner) @ down.T
         if bias is not None and bias_on in ("everywhere", f"rank {group.rank}"):
             y = y + bias
         if reduce == "y":
@@ -203,18 +250,19 @@ def _mlp(*, act=F.silu, up_act=lambda up: up, split="halves", order="gate first"
     return mlp_of_rank
 
 
-mlp.mistake(
+mlp.symptom(
     "no-sum",
-    "You return this rank's own term. The output is the sum of all ranks' terms: return group.all_reduce(y), which gives "
-    "that sum to every rank. (It need not change y itself; what counts is what it returns.)",
-)(_mlp(reduce="nothing"))
+    "You return this rank's own term. The output is the sum of all ranks' terms, and all_reduce returns it, on every rank: "
+    "return what it returns. (What becomes of its argument is left open.)",
+)(_in_this_case({"reduce": "nothing"}))
 
 
-mlp.mistake(
-    "no-sum-bias-everywhere",
-    "You return this rank's own term. The output is the sum of all ranks' terms: return group.all_reduce(y). And once "
-    "they are summed, a bias added on every rank counts as often as there are ranks: let rank 0 add it.",
-)(_mlp(reduce="nothing", bias_on="everywhere"))
+mlp.symptom(
+    "sum-inside",
+    "You add up the ranks' inner features. Those are *different* features, feature 0 of rank 1 is no term of feature 0 of "
+    "rank 0: there is nothing to add before the second product. What the ranks make of their columns of down are terms of "
+    "the same outputs: add those.",
+)(_in_this_case(*({"where": where, "reduce": reduce} for where in ("inside", "behind silu") for reduce in ("y", "nothing"))))
 
 
 mlp.mistake(
@@ -249,27 +297,6 @@ mlp.mistake(
 )(_mlp(split="interleaved"))
 
 
-mlp.mistake(
-    "sum-inside",
-    "You add up the ranks' inner features. Those are *different* features, feature 0 of rank 1 is no term of feature 0 of "
-    "rank 0: there is nothing to add before the second product.",
-)(_mlp(where="inside"))
-
-
-mlp.mistake(
-    "sum-inside-only",
-    "You add up in the wrong place: the ranks' inner features are different features, each complete, and need no sum. "
-    "What they make of their columns of down are terms of the same outputs: add those.",
-)(_mlp(where="inside", reduce="nothing"))
-
-
-mlp.mistake(
-    "sum-inside-only-bias-everywhere",
-    "You add up in the wrong place: the ranks' inner features are different features, each complete, and need no sum. What "
-    "they make of their columns of down are terms of the same outputs: add those, with the bias on one rank.",
-)(_mlp(where="inside", reduce="nothing", bias_on="everywhere"))
-
-
 mlp.mistake("silu-on-both", "silu belongs on the gate features only: silu(gate) * up. Split first.")(_mlp(up_act=F.silu))
 
 
@@ -282,6 +309,60 @@ mlp.mistake("no-silu", "The gate goes through silu: silu(gate) * up, with torch.
 mlp.mistake("sigmoid", "silu(z) is z * sigmoid(z): the factor z is missing. There is torch.nn.functional.silu.")(
     _mlp(act=torch.sigmoid)
 )
+
+
+@mlp.symptom(
+    "ranks-differ",
+    "Your ranks return different results. The next layer takes it for granted that all of them have the same: what only "
+    "this rank knows must be in the sum, or come from nowhere else.",
+)
+def _(failure):
+    first, *others = failure.got.values()
+    return any(not torch.allclose(first, one, 1e-4, 1e-5) for one in others)
+
+
+@mlp.symptom(
+    "changes-arguments",
+    "You change an argument in place (/=, +=, copy_, out=). The weights and the bias are the model's, and the next step "
+    "would meet them changed; x is still needed outside: make new tensors.",
+)
+def _(failure):
+    return bool(failure.changed)
+
+
+for name, bias_on in (("nothing", "rank 0"), ("nothing", "everywhere"), ("nothing", "nowhere")):
+    mlp.wrong("no-sum")(_mlp(reduce=name, bias_on=bias_on))
+for place in ("inside", "behind silu"):
+    for reduce in ("y", "nothing"):
+        mlp.wrong("sum-inside")(_mlp(where=place, reduce=reduce))
+        mlp.wrong("sum-inside")(_mlp(where=place, reduce=reduce, bias_on="everywhere"))
+
+
+@mlp.wrong("no-sum")
+def _(x, gate_up, down, bias, group):
+    y = _mlp(reduce="nothing")(x, gate_up, down, bias, group)
+    group.all_reduce(y)
+    return y
+
+
+@mlp.wrong("ranks-differ")
+def _(x, gate_up, down, bias, group):
+    y = _mlp(reduce="nothing")(x, gate_up, down, bias, group)
+    return group.all_reduce(y) + y
+
+
+@mlp.wrong("changes-arguments")
+def _(x, gate_up, down, bias, group):
+    y = _mlp(reduce="nothing", bias_on="nowhere")(x, gate_up, down, bias, group)
+    if bias is not None:
+        bias /= group.size
+        y += bias
+    return group.all_reduce(y)
+
+
+@mlp.wrong("changes-arguments")
+def _(x, gate_up, down, bias, group):
+    return group.all_reduce(x.copy_(_mlp(reduce="nothing")(x, gate_up, down, bias, group)))
 
 
 @mlp.wrong("out-of-step")
@@ -322,10 +403,10 @@ def _(x, gate_up, down, bias, group):
 @mlp.budget("One sum of the outputs is all the ranks need from each other.", most=1, unit="collectives")
 def _(answer):
     generator = torch.Generator().manual_seed(0)
-    gate, up, down, x = (torch.randn(*shape, generator=generator) for shape in ((6, 4), (6, 4), (4, 6), (3, 4)))
+    gate_up, down, x = (torch.randn(*shape, generator=generator) for shape in ((12, 4), (4, 6), (3, 4)))
 
     def rank(group):
-        answer(x.clone(), *_shares(gate, up, down, group.rank, 3), None, group)
+        answer(x.clone(), *_shares(gate_up, down, group.rank, 3), None, group)
         return group.traffic.all_reduce_calls + group.traffic.gather_calls
 
     return max(in_turns(3, rank))
@@ -362,8 +443,8 @@ def _(answer, llm):
     """The real first layer's MLP, cut for two and for three ranks."""
     model = llm.llm_engine.core.executor.runner.model
     layer = model.model.layers[0].mlp
-    gate, up = _dense(layer.gate_up_proj.weight).chunk(2)
-    down = _dense(layer.down_proj.weight)
+    gate_up, down = _dense(layer.gate_up_proj.weight), _dense(layer.down_proj.weight)
+    gate, up = gate_up.chunk(2)
     x = torch.randn(5, 576, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         whole = (F.silu(x @ gate.T) * (x @ up.T)) @ down.T
@@ -372,10 +453,10 @@ def _(answer, llm):
 
             def rank(group, ranks=ranks, traffic=traffic):
                 traffic.append(group.traffic)
-                return answer(x, *_shares(gate, up, down, group.rank, ranks), None, group)
+                return answer(x.clone(), *_shares(gate_up, down, group.rank, ranks), None, group)
 
             results = in_turns(ranks, rank)
-            same = all(torch.allclose(one, whole, atol=1e-4) for one in results)
+            same = all(torch.allclose(one, whole, atol=1e-5 * whole.abs().max()) for one in results)
             print(f"The model's first MLP, five tokens, {ranks} ranks: "
                   f"{1536 // ranks} inner features each, {traffic[-1].all_reduce_bytes:,} bytes to the sum, "
                   f"{'the same as in one piece' if same else 'NOT the same'}.")  # fmt: skip
@@ -396,8 +477,8 @@ heads = Exercise(
         "With at most num_kv_heads ranks each holds num_kv_heads // ranks KV heads. With more, each holds one whole head: "
         "ranks // num_kv_heads *neighbours* hold the same. Multiply head numbers by head_dim at the end.",
         "queries = num_heads // ranks; copies = max(1, ranks // num_kv_heads); kv = max(1, num_kv_heads // ranks); "
-        "first = rank // copies * kv; return (rank * queries * head_dim, (rank + 1) * queries * head_dim), "
-        "(first * head_dim, (first + kv) * head_dim).",
+        "return (rank * queries * head_dim, (rank + 1) * queries * head_dim), (first * head_dim, (first + kv) * head_dim), "
+        "where first = ... is the rank's first KV head: what is it on rank 4 of 9, with copies = 3?",
     ),
 )
 
@@ -454,6 +535,9 @@ def _heads(*, unit=True, kv="replicated", neighbours=True, inclusive=False, fuse
         elif kv == "by rows":
             rows = num_kv_heads * size / ranks
             k = (int(rank * rows), int((rank + 1) * rows))
+        elif kv == "by whole rows":
+            rows = num_kv_heads * size // ranks
+            k = (rank * rows, (rank + 1) * rows)
         elif kv == "as queries":
             k = q
         elif kv == "first":
@@ -483,11 +567,15 @@ heads.mistake(
 )(_heads(neighbours=False))
 
 
-heads.mistake(
+@heads.symptom(
     "cuts-through-a-head",
     "With more ranks than KV heads you cut a head in pieces. Attention multiplies whole heads: a rank needs all head_dim "
     "rows of the one that its queries read, so neighbours hold the same head.",
-)(_heads(kv="by rows"))
+)
+def _(failure):
+    _, num_kv_heads, head_dim, _, ranks = failure.args
+    start, stop = failure.got[1]
+    return ranks > num_kv_heads and 0 < stop - start < head_dim
 
 
 heads.mistake(
@@ -541,8 +629,29 @@ heads.mistake(
     "holds one whole head, the same as some of its neighbours.",
 )
 def _(failure):
-    (_, _), (start, stop) = failure.got
-    return stop <= start
+    start, stop = failure.got[1]
+    return start == stop and failure.args[-1] > failure.args[1]
+
+
+@heads.symptom(
+    "stop-is-start",
+    "Your key rows start and stop at the same row. The stop is one past the last row: where the last head *begins* is "
+    "head_dim rows too early.",
+)
+def _(failure):
+    start, stop = failure.got[1]
+    return start == stop and failure.args[-1] <= failure.args[1]
+
+
+heads.wrong("cuts-through-a-head")(_heads(kv="by rows"))
+heads.wrong("cuts-through-a-head")(_heads(kv="by whole rows"))
+
+
+@heads.wrong("stop-is-start")
+def _(num_heads, num_kv_heads, head_dim, rank, ranks):
+    per, g = num_heads // ranks, num_heads // num_kv_heads
+    a, b = rank * per, rank * per + per - 1
+    return (a * head_dim, (b + 1) * head_dim), (a // g * head_dim, b // g * head_dim)
 
 
 @heads.wrong("ranges")
@@ -617,8 +726,8 @@ embedding = Exercise(
         "A token is on exactly one rank. What must the other ranks bring, so that the sum is that rank's row?",
         "rows = ids - group.rank * len(table) are places in this rank's table; those below 0 or from len(table) on are "
         "other ranks' tokens. Look up row 0 for them, say, and make the result zero afterwards.",
-        "rows = ids - group.rank * len(table); absent = (rows < 0) | (rows >= len(table)); found = "
-        "table[rows.masked_fill(absent, 0)]; return group.all_reduce(found.masked_fill(absent[:, None], 0)).",
+        "rows = ids - group.rank * len(table); absent = (rows < 0) | ...; found = table[rows.masked_fill(absent, 0)]; return "
+        "group.all_reduce(found.masked_fill(absent[:, None], 0)).",
     ),
 )
 
@@ -630,7 +739,7 @@ def _(rng: random.Random) -> Iterator[Case]:
     def table(vocab, hidden):
         return torch.randn(vocab, hidden, generator=generator)
 
-    yield Case("10 tokens on 3 ranks: 4 rows each, the last two are padding", torch.tensor([0, 4, 9, 3]), table(10, 2), 3)
+    yield Case("10 tokens on 3 ranks: 4 rows each, the last two are padding", torch.tensor([0, 5, 9, 3]), table(10, 2), 3)
     yield Case("first and last row of each rank", torch.tensor([0, 3, 4, 7, 8, 11]), table(12, 3), 3)
     yield Case("one rank alone", torch.tensor([5, 0, 6]), table(7, 2), 1)
     yield Case("all tokens on one rank", torch.tensor([4, 6, 4]), table(12, 2), 3)
@@ -641,7 +750,7 @@ def _(rng: random.Random) -> Iterator[Case]:
 
 @embedding.expected
 def _(ids, table, ranks):
-    return [torch.stack([table[int(i)] for i in ids]) for _ in range(ranks)]
+    return _by_rank([torch.stack([table[int(i)] for i in ids])] * ranks)
 
 
 def _vocab_share(table, rank, ranks):
@@ -652,22 +761,40 @@ def _vocab_share(table, rank, ranks):
 
 @embedding.run
 def _(answer, ids, table, ranks):
+    kept = _Kept(ids=ids, table=table)
+
     def rank(group):
-        own = ids.clone()
-        result = answer(own, _vocab_share(table, group.rank, ranks), group)
-        if not torch.equal(own, ids):
-            raise ValueError("look_up has changed its argument ids")
+        before = ids.clone(), _vocab_share(table, group.rank, ranks)
+        own = tuple(one.clone() for one in before)
+        result = answer(*own, group)
+        kept.compare(before, own)
         return result
 
-    return in_turns(ranks, rank)
+    with kept:
+        return _by_rank(in_turns(ranks, rank))
 
 
 @embedding.symptom(
-    "changes-ids",
-    "You change ids in place (-= or an assignment into it). The caller still needs them: subtract into a new tensor.",
+    "changes-arguments",
+    "You write into an argument. The caller still needs ids, and table is the model's own weights: make new tensors. "
+    "(Zeros for other ranks' tokens go into what you have found, not into the table.)",
 )
 def _(failure):
-    return "changed its argument ids" in str(failure.error)
+    return bool(failure.changed)
+
+
+@embedding.symptom(
+    "rows-left-out",
+    "You leave the rows of other ranks' tokens out. Ranks that are to add up must bring the same shape: keep one row per "
+    "token, with zeros for the others' tokens.",
+)
+def _(failure):
+    ids, table, ranks = failure.args
+    own = [int((ids // -(-len(table) // ranks) == rank).sum()) for rank in range(ranks)]
+    if isinstance(failure.error, OutOfStepError):
+        brought = re.findall(r"all_(?:reduce|gather) of \[(\d+), \d+\]", str(failure.error))
+        return len(brought) == 2 and int(brought[0]) == own[0] and int(brought[1]) in own
+    return not failure.error and [one.shape[0] for one in failure.got.values()] == own
 
 
 @embedding.symptom(
@@ -676,7 +803,16 @@ def _(failure):
     "tokens. Real ranks would wait for it for ever.",
 )
 def _(failure):
-    return isinstance(failure.error, OutOfStepError)
+    return isinstance(failure.error, OutOfStepError) and "no further collective" in str(failure.error)
+
+
+@embedding.symptom(
+    "one-past-the-last",
+    "You look up place len(table), one past this rank's last row: its places are 0 to len(table) - 1.",
+)
+def _(failure):
+    found = re.match(r"index (\d+) is out of bounds for dimension 0 with size (\d+)", str(failure.error))
+    return isinstance(failure.error, IndexError) and found[1] == found[2]
 
 
 @embedding.symptom(
@@ -690,13 +826,12 @@ def _(failure):
 
 @embedding.symptom(
     "flat-mask",
-    "Shapes: the mask is [T] and the rows are [T, H], so make the mask a column, absent[:, None]. And a mask as an index, "
-    "found[absent], leaves rows out instead of making them zero.",
+    "Shapes: the mask is [T] and the rows are [T, H], so make the mask a column, absent[:, None].",
 )
 def _(failure):
-    if failure.error:
-        return "must match the size" in str(failure.error)
-    return failure.got[0].shape != failure.expected[0].shape
+    ids, table, _ = failure.args
+    sizes = {f"({len(ids)})", f"({table.shape[1]})"}
+    return "must match the size" in str(failure.error) and sizes == set(re.findall(r"\(\d+\)", str(failure.error)))
 
 
 def _look_up(*, start=True, low=True, high=True, zero=True, reduce=True, low_strict=False, mean=False):
@@ -772,12 +907,50 @@ embedding.mistake(
 embedding.mistake("mean", "You take the mean. All but one rank bring zeros, so the sum is the row itself.")(_look_up(mean=True))
 
 
-@embedding.wrong("changes-ids")
+@embedding.wrong("changes-arguments")
 def _(ids, table, group):
     ids -= group.rank * len(table)
     absent = (ids < 0) | (ids >= len(table))
     ids[absent] = 0
     return group.all_reduce(table[ids].masked_fill(absent[:, None], 0))
+
+
+@embedding.wrong("changes-arguments")
+def _(ids, table, group):
+    table[0] = 0
+    rows = ids - group.rank * len(table)
+    absent = (rows < 0) | (rows >= len(table))
+    return group.all_reduce(table[rows.masked_fill(absent, 0)])
+
+
+@embedding.wrong("one-past-the-last")
+def _(ids, table, group):
+    rows = ids - group.rank * len(table)
+    absent = (rows < 0) | (rows > len(table))
+    return group.all_reduce(table[rows.masked_fill(absent, 0)].masked_fill(absent[:, None], 0))
+
+
+@embedding.wrong("one-past-the-last")
+def _(ids, table, group):
+    found, first = torch.zeros(len(ids), table.shape[1]), group.rank * len(table)
+    for i, token in enumerate(ids):
+        if first <= token <= first + len(table):
+            found[i] = table[token - first]
+    return group.all_reduce(found)
+
+
+@embedding.wrong("rows-left-out")
+def _(ids, table, group):
+    first = group.rank * len(table)
+    mine = (ids >= first) & (ids < first + len(table))
+    return group.all_reduce(table[ids[mine] - first])
+
+
+@embedding.wrong("rows-left-out")
+def _(ids, table, group):
+    first = group.rank * len(table)
+    mine = (ids >= first) & (ids < first + len(table))
+    return group.all_gather(table[ids[mine] - first])
 
 
 @embedding.wrong("out-of-step")
@@ -801,7 +974,7 @@ def _(ids, table, group):
     return group.all_reduce(table[rows.masked_fill(absent, 0)].masked_fill(absent, 0))
 
 
-@embedding.wrong("flat-mask")
+@embedding.wrong("rows-left-out")
 def _(ids, table, group):
     rows = ids - group.rank * len(table)
     mine = (rows >= 0) & (rows < len(table))
@@ -844,9 +1017,30 @@ def _(answer):
     return max(in_turns(3, rank))
 
 
+@embedding.budget(
+    "One meeting does for all tokens: fill in the rows of all of them first, then add up once.", most=1, unit="collectives"
+)
+def _(answer):
+    table = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+
+    def rank(group):
+        answer(torch.tensor([0, 21, 45, 59, 3]), _vocab_share(table, group.rank, 3), group)
+        return group.traffic.all_reduce_calls + group.traffic.gather_calls
+
+    return max(in_turns(3, rank))
+
+
 @embedding.wasteful
 def _(ids, table, group):
     return group.all_gather(table)[ids]
+
+
+@embedding.wasteful
+def _(ids, table, group):
+    """A meeting per token."""
+    nothing = torch.zeros(table.shape[1])
+    ranks_and_rows = [divmod(token, len(table)) for token in ids.tolist()]
+    return torch.stack([group.all_reduce(table[row] if rank == group.rank else nothing) for rank, row in ranks_and_rows])
 
 
 @embedding.adapt
@@ -882,7 +1076,7 @@ groups = Exercise(
         "direction is a pipeline group?",
         "Rank = (replica * pipeline + stage) * tensor + place. A pipeline group fixes replica and place, and runs over "
         "the stages.",
-        "[[(d * pipeline + p) * tensor + t for p in range(pipeline)] for d in range(data) for t in range(tensor)]",
+        "[[(d * pipeline + p) * tensor + t for p in range(pipeline)] for d in ... for t in ...]",
     ),
 )
 
@@ -906,7 +1100,28 @@ def _(tensor, pipeline, data):
 
 @groups.same
 def _(got, expected, case):
-    return sorted(list(map(int, group)) for group in got) == sorted(expected)
+    return _are_lists_of_ranks(got) and sorted(map(list, got)) == sorted(expected)
+
+
+def _are_lists_of_ranks(got):
+    return isinstance(got, list | tuple) and all(
+        isinstance(group, list | tuple) and all(isinstance(rank, int | np.integer) for rank in group) for group in got
+    )
+
+
+@groups.symptom(
+    "nested", "Your groups are nested one level too deep: return one flat list with the groups of all replicas."
+)
+def _(failure):
+    return bool(failure.got) and all(bool(one) and _are_lists_of_ranks(one) for one in failure.got)
+
+
+@groups.symptom(
+    "no-lists",
+    "Return a list of lists of whole numbers, [[0, 3], [1, 4], [2, 5]]: no flat list, no generators, arrays or tensors.",
+)
+def _(failure):
+    return not failure.error and failure.got is not None and not _are_lists_of_ranks(failure.got)
 
 
 @groups.symptom(
@@ -970,6 +1185,22 @@ def _(tensor, pipeline, data):
     return [[(p * tensor + t) * data + d for p in range(pipeline)] for d in range(data) for t in range(tensor)]
 
 
+@groups.wrong("nested")
+def _(tensor, pipeline, data):
+    return [[[(d * pipeline + p) * tensor + t for p in range(pipeline)] for t in range(tensor)] for d in range(data)]
+
+
+@groups.wrong("no-lists")
+def _(tensor, pipeline, data):
+    return list(torch.arange(tensor * pipeline * data).view(data, pipeline, tensor).transpose(1, 2).reshape(-1, pipeline))
+
+
+@groups.wrong("no-lists")
+def _(tensor, pipeline, data):
+    size = tensor * pipeline
+    return (list(range(d * size + t, (d + 1) * size, tensor)) for d in range(data) for t in range(tensor))
+
+
 @groups.wrong("shared-ranks")
 def _(tensor, pipeline, data):
     return [[p * tensor + t for p in range(pipeline)] for t in range(tensor)]
@@ -1026,9 +1257,9 @@ agree = Exercise(
         "What in the plan has no order of its own?",
         "json.dumps on the plan with `ended` sorted; hashlib.blake2b(text.encode(), digest_size=8).digest(). Python's own "
         "hash() of a text differs from process to process. Of the gathered digests, collections.Counter finds the usual.",
-        "text = json.dumps(plan | {'ended': sorted(plan['ended'])}); digests = group.all_gather_object(hashlib.blake2b("
-        "text.encode(), digest_size=8).digest()); usual = Counter(digests).most_common(1)[0][0]; return [rank for rank, "
-        "one in enumerate(digests) if one != usual].",
+        "text = json.dumps(plan | {'ended': ...}); digests = group.all_gather_object(hashlib.blake2b(text.encode(), "
+        "digest_size=8).digest()); usual = Counter(digests).most_common(1)[0][0]; return [rank for rank, one in "
+        "enumerate(digests) if one != usual].",
     ),
 )
 
@@ -1067,21 +1298,26 @@ def _plan_on_rank(plan, rank):
 def _(answer, plans):
     """`hash` of a text differs from process to process; so it does here."""
     plain = builtins.hash
+    results, changed = _Results(), set()
 
     def rank(group):
         def hash_here(value):
             results.used_hash = True
             return plain(value) ^ (group.rank * 0x9E3779B97F4A7C15 >> 3)
 
+        plan, before = (_plan_on_rank(plans[group.rank], group.rank) for _ in range(2))
         with mock.patch.object(builtins, "hash", hash_here):
-            return answer(_plan_on_rank(plans[group.rank], group.rank), group)
+            result = answer(plan, group)
+        changed.update([group.rank] * (plan != before))
+        return result
 
-    results = _Results()
-    results += in_turns(len(plans), rank)
+    results |= _by_rank(in_turns(len(plans), rank))
+    if changed:
+        plans.append(None)  # so that the check notices
     return results
 
 
-class _Results(list):
+class _Results(dict):
     """What the ranks return, and whether one of them has called Python's hash()."""
 
     used_hash = False
@@ -1117,8 +1353,11 @@ def _(rng: random.Random) -> Iterator[Case]:
     yield Case("another prompt", [_plan(new=prompt) if r == odd else _plan() for r in range(3)])
     order = {"5": 1, "3": 1, "7": 3}
     yield Case("the same requests in another order", [_plan(tokens=order) if r == odd else _plan() for r in range(3)])
-    yield Case("two ranks that differ: rank 0 counts as the usual one", [_plan(), _plan(tokens=fewer)])
     yield Case("five ranks, three ways", [_plan(tokens=fewer), _plan(), _plan(), _plan(ended=set()), _plan()])
+    for blocks in range(4):  # many, because a set of digests may happen to have rank 0's first
+        one, other = _plan(), _plan(blocks={"3": [], "5": [rng.randrange(20, 90)], "7": [blocks]})
+        yield Case("two ranks that differ: rank 0's plan counts", [one, other])
+        yield Case("two against two: rank 0's plan counts", [other, one, one, other])
 
 
 @agree.expected
@@ -1130,8 +1369,7 @@ def _(plans):
 
     votes = [sum(alike(one, other) for other in plans) for one in plans]
     usual = plans[votes.index(max(votes))]
-    odd = [rank for rank, plan in enumerate(plans) if not alike(plan, usual)]
-    return [odd for _ in plans]
+    return _by_rank([[rank for rank, plan in enumerate(plans) if not alike(plan, usual)]] * len(plans))
 
 
 @agree.symptom(
@@ -1173,7 +1411,7 @@ def _(failure):
     "Return the list of the ranks that are out of step, [] when all agree.",
 )
 def _(failure):
-    return not failure.error and not all(isinstance(one, list | tuple) for one in failure.got)
+    return not failure.error and not all(isinstance(one, list | tuple) for one in failure.got.values())
 
 
 def _digest_of(text: str) -> bytes:
@@ -1207,7 +1445,7 @@ def _good(plan):
     "equal plans look different. Use hashlib on the encoded text.",
 )
 def _(failure):
-    return failure.got.used_hash and failure.expected[0] == []
+    return failure.got.used_hash and failure.expected["rank 0"] == []
 
 
 agree.mistake(
@@ -1279,11 +1517,25 @@ agree.mistake(
 )
 
 
-agree.mistake(
+@agree.symptom(
     "last-of-equals",
     "Where no plan has more ranks than another, rank 0's counts as the usual one: Counter(…).most_common(1) keeps the "
-    "first of equals, max over a set may not.",
-)(_agree(_good, lambda digests, group: _odd_with_last(digests)))
+    "first of equals, max over a set may not (and the order of a set differs from process to process).",
+)
+def _(failure):
+    (plans,) = failure.args
+    votes = [plans.count(plan) for plan in plans]
+    of_tied = [[rank for rank, one in enumerate(plans) if one != plan] for plan in plans if plans.count(plan) == max(votes)]
+    is_tie = any(odd != of_tied[0] for odd in of_tied)
+    return is_tie and not failure.error and all(list(odd) in of_tied for odd in failure.got.values())
+
+
+@agree.symptom(
+    "changes-plan",
+    "You change the plan. The engine still needs it as it was: make a new dict, plan | {…}, or text of its parts.",
+)
+def _(failure):
+    return bool(failure.changed)
 
 
 def _odd_with_last(digests):
@@ -1297,7 +1549,7 @@ def _odd_with_last(digests):
     "are equal: the order of a set, an address, a time, the number of the rank.",
 )
 def _(failure):
-    return not failure.error and failure.expected[0] == [] and any(len(one) for one in failure.got)
+    return not failure.error and failure.expected["rank 0"] == [] and any(len(one) for one in failure.got.values())
 
 
 @agree.symptom(
@@ -1306,7 +1558,45 @@ def _(failure):
     "the same on all ranks; their values count.",
 )
 def _(failure):
-    return not failure.error and bool(failure.expected[0]) and not any(failure.got)
+    return not failure.error and bool(failure.expected["rank 0"]) and not any(failure.got.values())
+
+
+@agree.symptom(
+    "lists-differ",
+    "Your ranks return different lists. Everybody has the same digests, and must return the same list of *all* ranks that "
+    "are out of step: otherwise one of them stops, and the others wait for it.",
+)
+def _(failure):
+    first, *others = failure.got.values()
+    return any(list(one) != list(first) for one in others)
+
+
+agree.wrong("last-of-equals")(_agree(_good, lambda digests, group: _odd_with_last(digests)))
+
+
+@agree.wrong("lists-differ")
+def _(plan, group):
+    digests = group.all_gather_object(_good(plan))
+    return [] if digests[group.rank] == Counter(digests).most_common(1)[0][0] else [group.rank]
+
+
+def _with_max(algorithm):
+    def agree(plan, group):
+        digests = group.all_gather_object(hashlib.new(algorithm, json.dumps(_ordered(plan)).encode()).hexdigest())
+        most = max(set(digests), key=digests.count)
+        return [rank for rank, one in enumerate(digests) if one != most]
+
+    return agree
+
+
+for algorithm in ("sha256", "sha1", "md5", "sha512"):
+    agree.wrong("last-of-equals")(_with_max(algorithm))
+
+
+@agree.wrong("changes-plan")
+def _(plan, group):
+    plan["ended"] = sorted(plan["ended"])
+    return _agree(lambda plan: _digest_of(json.dumps(plan)))(plan, group)
 
 
 agree.wrong("overlooks")(_agree(lambda plan: _digest_of(str(plan.keys()))))

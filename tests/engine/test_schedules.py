@@ -24,6 +24,7 @@ from course_lib.attention import torch_paged
 from course_lib.core.request import Request
 from course_lib.engine.core import EngineCore
 from course_lib.engine_args import EngineArgs
+from course_lib.layers import fused
 from course_lib.sampling_params import SamplingParams
 from tests.engine.conftest import MAX_MODEL_LEN, VOCAB
 from tests.oracle import Oracle
@@ -54,6 +55,7 @@ class Schedule:
 
     engine: dict
     requests: list[Planned] = field(default_factory=list)
+    plain_torch: bool = False  # on a CPU: do without the compiled kernels
 
 
 @st.composite
@@ -103,7 +105,8 @@ def planned_requests(draw: st.DrawFn) -> Planned:
 
 @st.composite
 def schedules(draw: st.DrawFn) -> Schedule:
-    return Schedule(draw(engines()), draw(st.lists(planned_requests(), min_size=1, max_size=9)))
+    requests = draw(st.lists(planned_requests(), min_size=1, max_size=9))
+    return Schedule(draw(engines()), requests, plain_torch=draw(st.booleans()))
 
 
 @dataclass
@@ -120,6 +123,9 @@ def run(path: Path, schedule: Schedule, **extra: object) -> tuple[dict[str, Resu
     args = EngineArgs(model=str(path), skip_tokenizer_init=True, device=DEVICE, dtype="float32", **schedule.engine, **extra)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch_paged, "_WORTH_SHARING", SHARED_FROM)
+        if schedule.plain_torch:
+            for module in (torch_paged, fused):
+                patch.setattr(module, "compiled_kernels", lambda: None)
         return drive(EngineCore(args.create_engine_config()), schedule)
 
 
@@ -203,9 +209,9 @@ def test_schedules_really_preempt_and_really_share(
     tiny_model_path: Path, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The property above would be empty if small caches never filled, or no prefix was ever shared: here they must."""
-    behind_prefix = Mock(wraps=torch_paged.TorchPagedBackend._decode_behind_prefix)
+    behind_prefix = Mock(wraps=torch_paged.TorchPagedBackend._attend_behind_prefix)
     monkeypatch.setattr(
-        torch_paged.TorchPagedBackend, "_decode_behind_prefix", lambda *arguments: behind_prefix(*arguments)
+        torch_paged.TorchPagedBackend, "_attend_behind_prefix", lambda *arguments: behind_prefix(*arguments)
     )
     requests = [
         Planned(0, None, PREFIXES[0][:20] + [i], {"max_tokens": 24, "min_tokens": 0, "stop_token_ids": [],
@@ -216,7 +222,7 @@ def test_schedules_really_preempt_and_really_share(
         "block_size": 4, "num_gpu_blocks_override": 18, "max_num_seqs": 5, "max_num_batched_tokens": 30,
         "enable_chunked_prefill": True, "enable_prefix_caching": True, "scheduling_policy": "fcfs",
     }  # fmt: skip
-    schedule = Schedule(engine, requests)
+    schedule = Schedule(engine, requests, plain_torch=True)
     results, preemptions = run(tiny_model_path, schedule)
     assert preemptions > 0 and (behind_prefix.called or DEVICE != "cpu")
     compare(oracle, schedule, results)

@@ -1,4 +1,4 @@
-"""The torch backend's decode: every way that it has, near float64; and which requests it computes together."""
+"""The CPU backend's decode: every way that it has, near float64; and which requests plain torch computes together."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import torch
 
 from course_lib.attention.backend import make_backend
 from course_lib.attention.metadata import AttentionMetadata
+from course_lib.attention import torch_paged
 from course_lib.attention.torch_paged import TorchPagedBackend
+from kernels.cpu import compiled_kernels
 
 
 SIZE, HEADS, KV_HEADS, DIM = 4, 6, 2, 16
@@ -37,6 +39,12 @@ def one_token_each(table: torch.Tensor, lengths: tuple[int, ...]) -> AttentionMe
     )  # fmt: skip
 
 
+@pytest.fixture
+def plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on machines without a compiler."""
+    monkeypatch.setattr(torch_paged, "compiled_kernels", lambda: None)
+
+
 def make(dtype: torch.dtype) -> TorchPagedBackend:
     return make_backend(
         "torch", block_size=SIZE, num_kv_heads=KV_HEADS, head_dim=DIM, dtype=dtype, device=torch.device("cpu")
@@ -55,9 +63,19 @@ def make(dtype: torch.dtype) -> TorchPagedBackend:
 )
 @pytest.mark.parametrize("window", [None, 6, 1150])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("way", ["compiled", "plain_torch"])
 def test_paged_decode_is_near_float64(
-    lengths: tuple[int, ...], common: tuple[int, ...], window: int | None, dtype: torch.dtype
+    lengths: tuple[int, ...],
+    common: tuple[int, ...],
+    window: int | None,
+    dtype: torch.dtype,
+    way: str,
+    request: pytest.FixtureRequest,
 ) -> None:
+    if way == "plain_torch":
+        request.getfixturevalue("plain_torch")
+    elif compiled_kernels() is None:
+        pytest.skip("no compiled kernels here")
     torch.manual_seed(0)
     backend = make(dtype)
     table = tables(lengths, common)
@@ -66,7 +84,8 @@ def test_paged_decode_is_near_float64(
         tensor.normal_()
     metadata = one_token_each(table, lengths)
     metadata.plan = backend.plan(metadata)
-    assert any(group.prefix_len for group in metadata.plan.decode) == bool(common)
+    if way == "plain_torch":
+        assert any(group.gather.prefix_len for group in metadata.plan.decode) == bool(common)
     query = torch.randn(len(lengths), HEADS, DIM).to(dtype)
     key, value = (torch.randn(len(lengths), KV_HEADS, DIM).to(dtype) for _ in range(2))
     found = backend.forward(query, key, value, cache, metadata, 0.25, window)
@@ -80,6 +99,7 @@ def test_paged_decode_is_near_float64(
         torch.testing.assert_close(found[row].double(), expected, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.usefixtures("plain_torch")
 def test_requests_with_a_common_prefix_are_computed_together() -> None:
     """Two families in one batch, a member of one family that left it early, and a stranger."""
     lengths = (4000, 4010, 4001, 4003, 4001, 4020, 2000)
@@ -91,12 +111,13 @@ def test_requests_with_a_common_prefix_are_computed_together() -> None:
     found = {}
     for group in plan.decode:
         rows = range(len(lengths)) if isinstance(group.token_rows, slice) else group.token_rows.tolist()
-        found.setdefault(group.prefix_len // SIZE, []).extend(rows)
+        found.setdefault(group.gather.prefix_len // SIZE, []).extend(rows)
     assert {prefix: sorted(rows) for prefix, rows in found.items()} == {900: [0, 2, 4], 990: [1, 3], 0: [5, 6]}
 
 
+@pytest.mark.usefixtures("plain_torch")
 def test_the_block_of_the_newest_token_is_in_no_prefix() -> None:
     """Even if a table says so: samples of one prompt have it in common until one of them writes there."""
     lengths = (2400, 2400, 2400)
     plan = make(torch.float32).plan(one_token_each(tables(lengths, (0, 1, 2, 600)), lengths))
-    assert [group.prefix_len for group in plan.decode] == [599 * SIZE]
+    assert [group.gather.prefix_len for group in plan.decode] == [599 * SIZE]

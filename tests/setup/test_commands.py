@@ -12,11 +12,21 @@ from course_lib.bootstrap import doctor, lab, testing
 from course_lib.bootstrap.places import REPO_ROOT
 
 
-def test_pytest_runs_over_tests_unless_told_otherwise():
+def test_pytest_runs_over_tests_unless_told_otherwise(monkeypatch):
+    monkeypatch.setattr(testing, "usable_cores", lambda: 1)
     assert testing.pytest_command(False, [])[1:] == ["-m", "pytest", "tests"]
     assert testing.pytest_command(True, ["-x"])[1:] == ["-m", "pytest", "tests", "-m", "not slow", "-x"]
     named = testing.pytest_command(False, [f"{REPO_ROOT}/tests/setup/test_cli.py::test_x", "-q"])
     assert "tests" not in named
+
+
+def test_everything_runs_on_all_cores_and_named_tests_one_by_one(monkeypatch):
+    pytest.importorskip("xdist")
+    monkeypatch.setattr(testing, "usable_cores", lambda: 64)
+    at_once = ["-n", str(testing.MOST_WORKERS), "--dist", "worksteal"]
+    assert testing.pytest_command(False, ["-k", "scheduler"])[3:] == ["tests", *at_once, "-k", "scheduler"]
+    for extra in ([str(REPO_ROOT / "tests" / "setup")], ["--pdb"], ["-n", "0"], ["-s"]):
+        assert "worksteal" not in testing.pytest_command(False, extra)
 
 
 def test_lab_command():

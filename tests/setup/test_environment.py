@@ -63,11 +63,12 @@ def test_starting_again_and_again_is_noticed(finished, started, monkeypatch):
         environment.ensure_environment([], [])
 
 
-def test_changed_requirements_make_it_stale(finished, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["REQUIREMENTS", "CONSTRAINTS", "CPU_KERNELS"])
+def test_changed_requirements_or_kernels_make_it_stale(finished, tmp_path, monkeypatch, name):
     assert environment.is_current(finished)
-    pins = tmp_path / "constraints.txt"
-    pins.write_text(places.CONSTRAINTS.read_text() + "another==1\n")
-    monkeypatch.setattr(environment, "CONSTRAINTS", pins)
+    changed = tmp_path / "changed"
+    changed.write_text(getattr(places, name).read_text() + "another==1\n")
+    monkeypatch.setattr(environment, name, changed)
     assert not environment.is_current(finished)
 
 
@@ -92,13 +93,16 @@ def test_set_up_does_its_steps_and_stamps_last(tmp_path, started, monkeypatch):
         steps.append(where)
 
     def make_without_pip(command, **settings):
-        venv.create(command[-1])
+        if command[-1] == "kernels.cpu.build":
+            steps.append("kernels")
+        else:
+            venv.create(command[-1])
         return 0
 
     monkeypatch.setattr(environment, "install_requirements", fake_install)
     monkeypatch.setattr(environment, "run", make_without_pip)
     environment.ensure_environment(["doctor"], [])
-    assert steps == [folder] and environment.is_current(folder) and len(started) == 1
+    assert steps == [folder, "kernels"] and environment.is_current(folder) and len(started) == 1
     [paths] = folder.glob("lib/*/site-packages/course_lib.pth")
     assert paths.read_text() == f"{places.REPO_ROOT}\n"
 

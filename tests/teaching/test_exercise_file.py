@@ -111,6 +111,8 @@ def test_an_incomplete_file_is_refused(load, before, after, message):
 def test_a_case_that_does_not_fit_is_refused(load):
     with pytest.raises(ValueError, match="case 'random': may_change names y"):
         load(GOOD.replace('may_change=("x",)', 'may_change=("y",)')).exercises["01.1"].make_cases()
+    with pytest.raises(ValueError, match="case 'random': retold names y"):
+        load(GOOD.replace('may_change=("x",)', 'retold=("y",)')).exercises["01.1"].make_cases()
     with pytest.raises(ValueError, match="yields no case"):
         load(GOOD.replace("yield Case", "return\n    yield Case", 1)).exercises["01.1"].make_cases()
 

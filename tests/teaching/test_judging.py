@@ -149,6 +149,9 @@ def test_an_error_names_the_line_of_the_notebook(largest):
         "TypeError: list indices must be integers or slices, not str\n"
         f'It happened in `helper`, line 3: return numbers["k"]\n{FIRST_CASE}')
     assert "where the check calls your code" in judge(largest, lambda numbers: 1).message
+    largest.symptom("arguments", "It takes two arguments.")(lambda failure: isinstance(failure.error, TypeError))
+    told = judge(largest, lambda numbers: 1).message  # the symptom says what is wrong
+    assert told.startswith("It takes two arguments.\nTypeError: ") and "where the check calls" not in told
 
 
 LIBRARY = in_notebook("""
@@ -232,6 +235,78 @@ def test_the_first_difference_is_shown_where_the_results_are_cut(largest):
     largest.same(lambda got, expected, case: False)
     largest.expected_function = lambda numbers, k: lives
     assert "The first difference" not in judge(largest, answer).text()
+
+
+@pytest.fixture
+def till():
+    """A till that is rung and emptied."""
+    exercise = new_exercise()
+
+    @exercise.cases
+    def _(rng):
+        yield Case("a short day", 1, [f"ring {i}" for i in range(4)], retold=["events"])
+        yield Case("a long day", 1, [f"ring {i}" for i in range(30)], retold=["events"])
+
+    @exercise.run
+    def _(answer, price, events):
+        return [f"{event} -> {answer(price, event)}" for event in events]
+
+    @exercise.expected
+    def _(price, events):
+        return [f"{event} -> {price}" for event in events]
+    return exercise
+
+
+def test_events_are_told_one_a_line_until_the_first_that_differs(till):
+    verdict = judge(till, lambda price, event: 2 if event == "ring 2" else 1)
+    assert verdict.text() == """\
+01.2 · not right yet
+The last event below should have another outcome.
+Case: a short day
+  price = 1
+As expected:
+  ring 0 -> 1
+  ring 1 -> 1
+Expected: ring 2 -> 1
+Yours:    ring 2 -> 2"""
+    late = judge(till, lambda price, event: 2 if event == "ring 20" else 1).text()
+    assert "As expected:\n  … (8 lines as expected)\n  ring 8 -> 1\n" in late and late.endswith("ring 20 -> 2")
+    first = judge(till, lambda price, event: 2).text()
+    assert first.endswith("  price = 1\nExpected: ring 0 -> 1\nYours:    ring 0 -> 2")
+
+
+def test_events_that_are_missing_or_end_in_an_error_are_told_as_well(till):
+    run = till.run_function
+    till.run_function = lambda answer, price, events: run(answer, price, events)[:3]
+    assert judge(till, lambda price, event: 1).text().endswith(
+        "  ring 2 -> 1\nExpected: ring 3 -> 1\nYours:    (nothing more)")
+
+    def fails(answer, price, events):
+        error = KeyError("x")
+        error.add_note("The call: ring 1")
+        raise error
+    till.run_function = fails
+    verdict = judge(till, lambda price, event: 1)
+    assert verdict.message.startswith("KeyError") and verdict.message.endswith("\nThe call: ring 1")
+    assert verdict.text().endswith("Expected:\n" + "\n".join(f"  ring {i} -> 1" for i in range(4)))
+    till.run_function = lambda answer, price, events: "no lines"
+    assert judge(till, lambda price, event: 1).text().endswith("Yours: 'no lines'")
+
+
+def test_a_right_result_is_not_told_a_mistake_that_changes_nothing(largest):
+    @largest.mistake("seldom", "Wrong for odd k.")
+    def _(numbers, k):
+        return right(numbers, k)
+
+    def sorts(numbers, k):  # the right result, and the caller's list is changed in another way than "in-place"
+        best = right(numbers, k)
+        numbers.append(0)
+        return best
+    verdict = judge(largest, sorts)
+    assert verdict.diagnostic == "in-place"
+    del largest.diagnostics["in-place"]
+    assert judge(largest, sorts).diagnostic is None
+    assert judge(largest, sorts).message.startswith("The result is right, but your code changed")
 
 
 def test_what_needs_a_package_that_is_not_there_is_not_judged(largest, monkeypatch):

@@ -56,7 +56,7 @@ def test_functions_share_a_namespace_and_a_failure_ends_all_ranks(two: Ranks, ca
     with pytest.raises(RanksError, match="(?s)on rank 1 of 2:.*one of two"):
         two.call(fail_on_one)
     assert all(gone(pid) for pid in pids)
-    with pytest.raises(RanksError, match="start new ones"):
+    with pytest.raises(RanksError, match="cell with torchrun"):
         two.call(recall)
 
 
@@ -64,6 +64,26 @@ def test_functions_share_a_namespace_and_a_failure_ends_all_ranks(two: Ranks, ca
 def test_a_call_that_takes_too_long_names_the_ranks(two: Ranks) -> None:
     with pytest.raises(RanksError, match="no answer in time from rank 0, 1"):
         two.call(time_waster, time_limit_s=0.5)
+
+
+@pytest.mark.slow
+def test_a_rank_that_left_out_what_the_others_wait_for_is_named(two: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("course_lib.teaching.recording.ranks.LAG_S", 0.3)
+    with pytest.raises(RanksError, match="no answer in time from rank 0. Rank 1 has returned"):
+        two.call(leave_early)
+
+
+def leave_early():
+    import time
+
+    time.sleep(60 * (1 - rank))  # noqa: F821
+
+
+def test_a_start_that_takes_too_long_says_so_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(RanksError, match="0 of 2 processes came. The launcher said"):
+        torchrun(2, time_limit_s=0.1)
+    assert not list(tmp_path.glob("ranks*"))
 
 
 def time_waster():

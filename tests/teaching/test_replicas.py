@@ -9,6 +9,7 @@ import pytest
 
 from course_lib import LLM
 from course_lib.engine.coordinator import AGREE_EVERY, WaveMember
+from course_lib.errors import EngineDeadError
 from course_lib.teaching.explorers.figures import MAX_BYTES, png_bytes
 from course_lib.teaching.explorers.replicas import describe_balancing, draw_balancing, draw_survival
 from course_lib.teaching.explorers.waves import describe_waves, draw_waves, play
@@ -45,6 +46,14 @@ def test_with_dummy_passes_both_ranks_run_every_pass_and_without_them_they_hang(
     stuck = play(4, dummies=False)
     assert stuck.gave_up and stuck.ticks[0][-1] == "waits" and stuck.ticks[1][-1] == "asleep"
     assert "waits" in describe_waves(4, dummies=False)
+
+
+def test_the_legend_of_the_waves_names_what_is_in_the_picture() -> None:
+    def named(dummies: bool) -> set[str]:
+        return {text.get_text() for axes in draw_waves(4, dummies).axes for text in axes.texts}
+
+    assert "dummy pass" in named(True) and "waits for the other" not in named(True)
+    assert "dummy pass" not in named(False) and "waits for the other" in named(False)
 
 
 def test_interleavings_repeat_and_find_the_member_that_stays_silent() -> None:
@@ -100,6 +109,14 @@ def test_a_real_pair_is_watched_streamed_to_and_survives(pair: LLM) -> None:
     assert set(told.values()) == {20} == {len(times) for times in moments.values()}
     assert {replica for _, replica in moments["0"][-1:] + moments["1"][-1:]} == {0}
     assert "_take_news" not in vars(engine.core)
+    with pytest.raises(RuntimeError, match="replica 1 is dead already: for new replicas"), replicas.watched(pair):
+        engine.add_request("left", [5, 6], replicas.greedy(20))
+        replicas.kill(pair, 1)
+    assert not engine.has_unfinished_requests()
+    engine.add_request("unfinished", [5, 6], replicas.greedy(20))
+    engine.shutdown()
+    with pytest.raises(EngineDeadError, match="was shut down"):  # and not: this id is in use
+        engine.add_request("unfinished", [5, 6], replicas.greedy(20))
 
 
 def test_a_wave_is_a_multiple_of_the_passes_between_agreements() -> None:

@@ -154,9 +154,10 @@ class Exercise:
         if not cases:
             raise ValueError(f"exercise {self.id}: @cases yields no case.")
         for case in cases:
-            if unknown := set(case.may_change) - set(self.argument_names(case)):
-                raise ValueError(f"exercise {self.id}, case {case.label!r}: may_change names "
-                                 f"{', '.join(sorted(unknown))}, which @expected does not take.")
+            for option in ("may_change", "retold"):
+                if unknown := set(getattr(case, option)) - set(self.argument_names(case)):
+                    raise ValueError(f"exercise {self.id}, case {case.label!r}: {option} names "
+                                     f"{', '.join(sorted(unknown))}, which @expected does not take.")
         return cases
 
     def argument_names(self, case: Case) -> tuple[str, ...]:

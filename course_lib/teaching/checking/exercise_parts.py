@@ -15,13 +15,18 @@ class Case:
 
     `label` is told to the learner. `may_change` names the arguments that an answer may change in place. The
     arguments are deep-copied for every call, so what cannot be copied (an engine) is made in `run`.
+    `retold` names the arguments that the learner is not shown, because the result, a list of texts, tells what
+    happened line by line (events, each with its outcome); of such results the lines up to the first that differs
+    are shown.
     """
 
-    def __init__(self, label: str, /, *args: Any, may_change: Sequence[str] = (), **kwargs: Any) -> None:
+    def __init__(self, label: str, /, *args: Any, may_change: Sequence[str] = (), retold: Sequence[str] = (),
+                 **kwargs: Any) -> None:
         self.label = label
         self.args = args
         self.kwargs = kwargs
         self.may_change = tuple(may_change)
+        self.retold = tuple(retold)
 
 
 @dataclass(frozen=True)

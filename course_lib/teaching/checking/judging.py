@@ -18,12 +18,13 @@ from course_lib.teaching.checking.comparing import difference
 from course_lib.teaching.checking.describing import describe, describe_error, is_cut
 from course_lib.teaching.checking.exercise_file import UNAVAILABLE, Exercise
 from course_lib.teaching.checking.exercise_parts import Answer, Diagnostic, Failure
-from course_lib.teaching.checking.tracing_back import learners_own, where
+from course_lib.teaching.checking.tracing_back import OUTSIDE, learners_own, where
 from course_lib.teaching.checking.trial import Outcome, TookTooLong, attempt, isolated
 
 SECONDS = 3.0  # for all calls of an answer during one check
 RESULT_WIDTH = 320  # characters shown of a result
 PRINTED_LINES, PRINTED_WIDTH = 10, 100  # shown of what an answer printed
+RETOLD_LINES = 12  # shown of what happened before the first difference
 
 HEADLINES = {
     "not done": "not done yet",
@@ -139,6 +140,12 @@ class _Trials:
             return type(mine.error) is type(theirs.error)
         return difference(mine.value, theirs.value) is None or self.same(i, mine.value, theirs.value)
 
+    def changes_as_mine(self, mistaken: Answer, i: int) -> bool:
+        """Whether a mistaken answer changes the arguments that the learner's changes in case i."""
+        case, mine = self.cases[i], self.outcome(i)
+        theirs = attempt(functools.partial(self.exercise.use, mistaken), case.args, case.kwargs, SECONDS)
+        return theirs.changed == mine.changed
+
     def notes(self, shown: Outcome | None = None) -> tuple[str, ...]:
         """What deserves a remark; with the output of the call that is told about."""
         notes = []
@@ -164,13 +171,14 @@ def _told(trials: _Trials, i: int, failure: Failure) -> Verdict:
     name = None
     is_right = not failure.error and trials.same(i, failure.got, failure.expected)
     candidates = exercise.diagnostics.values()
-    if is_right:  # a symptom of the result takes for granted that it is wrong: only those of the change count
+    if is_right:  # most diagnostics take for granted that the result is wrong: only those of the change count
         unchanged = replace(failure, changed=())
-        candidates = [d for d in candidates if d.kind != "symptom" or not _applies(d, trials, i, unchanged)]
+        candidates = [d for d in candidates if (
+            not _applies(d, trials, i, unchanged) if d.kind == "symptom" else trials.changes_as_mine(d.function, i))]
     if found := next((d for d in candidates if _applies(d, trials, i, failure)), None):
         kind, message, name = "mistake", found.message, found.name
         if failure.error and not isinstance(failure.error, TookTooLong):  # the diagnostic says why it took so long
-            message += "\n" + _about_error(failure.error, trials.answer)[1]
+            message += "\n" + _about_error(failure.error, trials.answer)[1].replace(f"\n{OUTSIDE}", "")
     elif failure.error:
         kind, message = _about_error(failure.error, trials.answer)
     elif is_right:
@@ -200,7 +208,10 @@ def _example(exercise: Exercise, failure: Failure, told: str) -> str:
     names = exercise.argument_names(case)
     lines = [f"Case: {case.label}"]
     values = [*case.args, *case.kwargs.values()]
-    lines += [f"  {name} = {describe(value)}" for name, value in zip(names, values, strict=True)]
+    lines += [f"  {name} = {describe(value)}" for name, value in zip(names, values, strict=True)
+              if name not in case.retold]
+    if case.retold and _are_lines(failure.expected) and (failure.error or _are_lines(failure.got)):
+        return "\n".join(lines + _retold(failure))
     lines.append(f"Expected: {describe(failure.expected, RESULT_WIDTH)}")
     if not failure.error:
         lines.append(f"Yours: {describe(failure.got, RESULT_WIDTH)}")
@@ -211,10 +222,36 @@ def _example(exercise: Exercise, failure: Failure, told: str) -> str:
     return "\n".join(lines)
 
 
+def _are_lines(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(line, str) for line in value)
+
+
+def _retold(failure: Failure) -> list[str]:
+    """What happened until the results differ, one event a line; after an error what should have happened."""
+    expected = [_cut_line(line) for line in failure.expected]
+    if failure.error:
+        rest = [f"  … ({len(expected):,} lines)"] if len(expected) > RETOLD_LINES else []
+        return ["Expected:", *(f"  {line}" for line in expected[:RETOLD_LINES]), *rest]
+    pairs = list(zip(failure.got, failure.expected, strict=False))
+    same = next((i for i, (one, other) in enumerate(pairs) if one != other), len(pairs))
+    shown = [f"  {line}" for line in expected[max(0, same - RETOLD_LINES):same]]
+    if same > RETOLD_LINES:
+        shown.insert(0, f"  … ({same - RETOLD_LINES:,} lines as expected)")
+    ends = [_cut_line(lines[same]) if same < len(lines) else "(nothing more)"
+            for lines in (failure.expected, failure.got)]
+    return [*(["As expected:", *shown] if shown else []), f"Expected: {ends[0]}", f"Yours:    {ends[1]}"]
+
+
+def _cut_line(line: str) -> str:
+    return line if len(line) <= RESULT_WIDTH else f"{line[:RESULT_WIDTH - 1]}…"
+
+
 def _about_result(failure: Failure, exercise: Exercise) -> tuple[str, str]:
     """Kind of verdict and message for a result that is not right."""
     if exercise.same_function and failure.got is not None:  # `same` alone knows what is compared
         return "wrong", "The result is not right in this case."
+    if failure.case.retold and _are_lines(failure.expected) and _are_lines(failure.got):
+        return "wrong", "The last event below should have another outcome."
     found = difference(failure.got, failure.expected)
     return "wrong shape" if found.of_type else "wrong", found.sentence
 
@@ -238,4 +275,6 @@ def _about_error(error: BaseException, answer: Answer) -> tuple[str, str]:
         return "raised", "Your code called sys.exit(), which ends Python: return a result instead."
     if isinstance(error, RecursionError):  # where and how it is noticed depends on the depth of the caller
         return "raised", "RecursionError: a function calls itself without end."
-    return "raised", f"{describe_error(error)}\n{where(error, answer)}"
+    notes = getattr(error, "__notes__", ())  # of the exercise's `run`: what it was doing
+    during = [note for note in notes if isinstance(note, str)] if isinstance(notes, list) else []
+    return "raised", "\n".join([describe_error(error), where(error, answer), *during])

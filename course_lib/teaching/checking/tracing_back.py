@@ -13,6 +13,7 @@ from types import FrameType
 from course_lib.teaching.checking.answer_code import functions_of
 from course_lib.teaching.checking.exercise_parts import Answer
 
+OUTSIDE = "It happened where the check calls your code: do its arguments and its result fit the description?"
 DEEPEST = 10  # exceptions that replaced one another; they can be tied into a ring
 
 
@@ -38,7 +39,7 @@ def where(error: BaseException, answer: Answer) -> str:
         frame, line = found
         text = linecache.getline(frame.f_code.co_filename, line).strip()
         return f"It happened in `{frame.f_code.co_name}`, line {line}" + (f": {text}" if text else ".")
-    return "It happened where the check calls your code: do its arguments and its result fit the description?"
+    return OUTSIDE
 
 
 def _last_line(error: BaseException, answer: Answer) -> tuple[FrameType, int] | None:

@@ -29,12 +29,12 @@ from course_lib.teaching.explorers.style import (
 RANK_COLOURS = (ORANGE, BLUE, GREEN)
 # A decoder layer between its two sums: x and width in inches, what stands there, whether it is a rank's share.
 LAYER = (
-    (0.85, 0.72, "embedding\n16,384 rows", True), (2.0, 0.5, "norm", False), (2.6, 0.78, "q, k, v\n3 + 1 + 1\nheads", True),
-    (3.46, 0.78, "attention\n3 heads", True), (4.32, 0.6, "o\n192\ncolumns", True), (5.35, 0.5, "norm", False),
-    (5.95, 0.66, "gate, up\n512 + 512\nrows", True), (6.69, 0.66, "down\n512\ncolumns", True),
-    (7.78, 0.72, "head\n16,384\nrows", True),
+    (0.72, 0.7, "embedding\n16,384 rows", True), (1.82, 0.45, "norm", False), (2.36, 0.76, "q, k, v\n3 + 1 + 1\nheads", True),
+    (3.2, 0.76, "attention\n3 heads", True), (4.04, 0.6, "o\n192\ncolumns", True), (5.0, 0.45, "norm", False),
+    (5.54, 0.66, "gate, up\n512 + 512\nrows", True), (6.26, 0.62, "down\n512\ncolumns", True),
+    (7.28, 0.45, "norm", False), (7.81, 0.68, "head\n16,384\nrows", True),
 )  # fmt: skip
-SUMS, GATHER = (1.78, 5.13, 7.56), 8.68
+SUMS, GATHER = (1.62, 4.81, 7.08), 8.65
 TOP, LANE, LAYER_HEIGHT = 0.95, 0.78, 3.95
 
 
@@ -45,12 +45,12 @@ def draw_layer(hidden: int = 576, vocab: int = 49152) -> Figure:
         axes.text(0.2, 0.3, "One token through three ranks: shares are coloured, what is whole is white", size=11,
                   weight="bold")  # fmt: skip
         bottom = TOP + 3 * LANE
-        boxes(axes, [(1.92, TOP - 0.28, 5.78, 3 * LANE + 0.42)], facecolor="none", edgecolor=MUTED, linestyle=":")
-        axes.text(4.6, TOP - 0.36, "a layer: 30 times", size=8.5, color=MUTED, ha="center")
+        boxes(axes, [(1.74, TOP - 0.28, 5.46, 3 * LANE + 0.42)], facecolor="none", edgecolor=MUTED, linestyle=":")
+        axes.text(4.45, TOP - 0.36, "a layer: 30 times", size=8.5, color=MUTED, ha="center")
         for rank in range(3):
             top, colour = TOP + rank * LANE, RANK_COLOURS[rank]
             axes.text(0.2, top + 0.3, f"rank {rank}", size=9, weight="bold", va="center")
-            axes.plot([0.8, GATHER + 0.15], [top + 0.3, top + 0.3], color=LINE, linewidth=1, zorder=0)
+            axes.plot([0.67, GATHER + 0.15], [top + 0.3, top + 0.3], color=LINE, linewidth=1, zorder=0)
             for x, width, text, is_share in LAYER:
                 face = tint(colour, 0.3) if is_share else PAPER
                 boxes(axes, [(x, top, width, 0.6)], facecolor=face, edgecolor=colour if is_share else MUTED, linewidth=1)

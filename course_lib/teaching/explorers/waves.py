@@ -37,7 +37,7 @@ LOOKS = {
     "dummy": {"facecolor": PAPER, "edgecolor": MUTED, "hatch": "//////", "linewidth": 0.8},
     "waits": {"facecolor": tint(VERMILION, 0.15), "edgecolor": VERMILION, "linewidth": 0.8},
 }
-LEFT, TOP, LANE, BOTTOM = 0.95, 1.0, 0.42, 1.0  # inches
+LEFT, TOP, LANE, BOTTOM = 0.95, 1.35, 0.42, 1.0  # inches
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,14 +97,21 @@ def draw_waves(every: int = 4, dummies: bool = True) -> Figure:
                 boxes(page, [(LEFT + at * cell + 0.02, y + 0.06, cell - 0.04, LANE - 0.12)], **look)
         _agreements(page, played, cell)
         _arrivals(page, cell)
-        legend(page, LEFT, height - 0.22, {
-            "pass with tokens": {"facecolor": tint(ORANGE, 0.5), "edgecolor": ORANGE},
-            "dummy pass": LOOKS["dummy"],
-            "waits for the other": LOOKS["waits"],
-            "agreement": {"facecolor": MUTED},
-            "the wave ends": {"facecolor": VERMILION},
-        })  # fmt: skip
+        legend(page, LEFT, height - 0.22, _looks_of(played))
     return figure
+
+
+def _looks_of(played: Played) -> dict[str, dict]:
+    """What is in the picture, and how it looks."""
+    kinds = {kind for lane in played.ticks for kind in lane} | {over for _, over in played.agreements}
+    looks = {
+        "real": ("pass with tokens", {"facecolor": tint(ORANGE, 0.5), "edgecolor": ORANGE}),
+        "dummy": ("dummy pass", LOOKS["dummy"]),
+        "waits": ("waits for the other", LOOKS["waits"]),
+        False: ("agreement", {"facecolor": MUTED}),
+        True: ("the wave ends", {"facecolor": VERMILION}),
+    }
+    return dict(look for kind, look in looks.items() if kind in kinds)
 
 
 def describe_waves(every: int = 4, dummies: bool = True) -> str:
@@ -161,10 +168,10 @@ def _agreements(page: Axes, played: Played, cell: float) -> None:
 
 
 def _arrivals(page: Axes, cell: float) -> None:
-    """Arrows from below, where requests come."""
-    foot = TOP + 2 * LANE
+    """Arrows where requests come: those of rank 0 from above, those of rank 1 from below."""
     for arrival, rank, needs in REQUESTS:
         x = LEFT + (arrival + 0.5) * cell
-        page.annotate("", xy=(x, TOP + rank * LANE + LANE - 0.04), xytext=(x, foot + 0.3),
+        edge, away = (TOP + 2 * LANE - 0.04, 1) if rank else (TOP + 0.04, -1)
+        page.annotate("", xy=(x, edge), xytext=(x, edge + away * 0.34),
                       arrowprops={"arrowstyle": "->", "color": COLOURS[rank], "linewidth": 1.3})  # fmt: skip
-        page.text(x, foot + 0.42, f"{needs} passes", size=8, ha="center", va="center", color=MUTED)
+        page.text(x, edge + away * 0.44, f"{needs} passes", size=8, ha="center", va="center", color=MUTED)

@@ -31,6 +31,8 @@ from course_lib.errors import CourseError
 from course_lib.teaching.recording.rank_loop import ADDRESS, KEY
 
 PATIENCE_S = 3.0  # with the other ranks, once one has failed; with processes that were told to end
+LAG_S = 30.0  # with the other ranks, once one has returned
+AGAIN = "Run the cell with torchrun(…) again for new ones, then go on here."
 
 
 class RanksError(CourseError):
@@ -52,10 +54,11 @@ class Ranks:
         declared `global`; nothing of the notebook. Lines that it prints appear as they come, those of one rank in order.
 
         Raises:
-            RanksError: the function raised on a rank, or took longer than `time_limit_s`. The ranks are gone then.
+            RanksError: the function raised on a rank, took longer than `time_limit_s`, or on one rank much longer than
+                on another. The ranks are gone then.
         """
         if not self._end.alive:
-            raise RanksError("these ranks have ended: start new ones with torchrun(…)")
+            raise RanksError(f"these ranks have ended. {AGAIN}")
         message = (function.__name__, textwrap.dedent(inspect.getsource(function)), arguments)
         try:
             for connection in self._connections:
@@ -64,7 +67,7 @@ class Ranks:
         except BaseException as error:
             self.close()
             if isinstance(error, EOFError | OSError):
-                raise RanksError("a rank has ended in the middle of a call, and the others with it") from error
+                raise RanksError(f"a rank has ended in the middle of a call, and the others with it. {AGAIN}") from error
             raise
 
     def close(self) -> None:
@@ -86,15 +89,18 @@ class Ranks:
                     print(f"rank {rank} | {value}", flush=True)
                 elif kind == "returned":
                     results[rank] = value
+                    deadline = min(deadline, time.monotonic() + LAG_S)  # others may wait for what it did not join
                 else:
                     failed[rank] = value
                     deadline = min(deadline, time.monotonic() + PATIENCE_S)  # others may wait for this one for ever
         if failed:
             rank, trace = min(failed.items())
-            raise RanksError(f"on rank {rank} of {self.size}:\n{trace}The ranks have been ended: start new ones.")
+            raise RanksError(f"on rank {rank} of {self.size}:\n{trace}The ranks have been ended. {AGAIN}")
         if len(results) < self.size:
-            late = [str(rank) for rank in range(self.size) if rank not in results]
-            raise RanksError(f"no answer in time from rank {', '.join(late)}. The ranks have been ended: start new ones.")
+            late = ", ".join(str(rank) for rank in range(self.size) if rank not in results)
+            done = ", ".join(map(str, sorted(results)))
+            why = f" Rank {done} has returned: has it left out what the others wait for?" if results else ""
+            raise RanksError(f"no answer in time from rank {late}.{why} The ranks have been ended. {AGAIN}")
         return [results[rank] for rank in range(self.size)]
 
 
@@ -122,15 +128,16 @@ def torchrun(size: int, *, time_limit_s: float = 120) -> Ranks:
         _end(launcher, connections, pids, folder)
 
     try:
-        _accept(listener, launcher, size, connections, pids, time.monotonic() + time_limit_s)
+        try:
+            _accept(listener, launcher, size, connections, pids, time.monotonic() + time_limit_s)
+        finally:
+            listener.close()  # before `end` removes its socket
     except BaseException as error:
         text = (folder / "launcher.txt").read_text(errors="replace")[-2000:]
         end()
         if isinstance(error, TimeoutError):
             raise RanksError(f"{len(pids)} of {size} processes came. The launcher said:\n{text}") from None
         raise
-    finally:
-        listener.close()
     return Ranks([connections[rank] for rank in range(size)], end)
 
 

@@ -102,8 +102,11 @@ def _balancing(core: Any, policy: str) -> Iterator[None]:
 
 @contextmanager
 def watched(llm: LLM) -> Iterator[dict[str, list[tuple[float, int]]]]:
-    """Inside the block, fill a dictionary: request -> (second, replica) of each of its tokens, in order."""
-    core, start = llm.llm_engine.core, time.perf_counter()
+    """Inside the block, fill a dictionary: request -> (second, replica) of each of its tokens, in order.
+
+    What is unfinished when the block is left, because it raised, is aborted.
+    """
+    engine, core, start = llm.llm_engine, llm.llm_engine.core, time.perf_counter()
     moments: dict[str, list[tuple[float, int]]] = {}
     take_news = core._take_news
 
@@ -119,11 +122,19 @@ def watched(llm: LLM) -> Iterator[dict[str, list[tuple[float, int]]]]:
         yield moments
     finally:
         del core._take_news
+        engine.abort_request(list(engine.frontend.output_processor.live))
 
 
 def kill(llm: LLM, replica: int) -> None:
-    """End this replica's process as the kernel does when memory runs out: at once, wherever it is."""
-    link = llm.llm_engine.core.replicas.links[replica]
+    """End this replica's process as the kernel does when memory runs out: at once, wherever it is.
+
+    Raises RuntimeError if it is dead already.
+    """
+    link = llm.llm_engine.core.replicas.links.get(replica)
+    if link is None:
+        raise RuntimeError(
+            f"replica {replica} is dead already: for new replicas, run the cell again that made this LLM"
+        )
     os.kill(int(link.name.removeprefix("process ")), signal.SIGKILL)
 
 

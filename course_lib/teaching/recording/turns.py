@@ -83,10 +83,9 @@ def in_turns(size: int, work: Callable[[TurnGroup], T]) -> list[T]:
             return results
         if len(set(kinds)) > 1:
             other = next(rank for rank, kind in enumerate(kinds) if kind != kinds[0])
-            raise OutOfStepError(
-                f"rank 0 comes to {kinds[0].replace('nothing', 'no further collective')}, rank {other} to "
-                f"{kinds[other].replace('nothing', 'no further collective')}: real ranks would wait here for ever"
-            )
+            first, second = (kinds[rank].replace("nothing", "no further collective") for rank in (0, other))
+            fate = "wait here for ever" if "nothing" in (kinds[0], kinds[other]) else "fail here, or wait for ever"
+            raise OutOfStepError(f"rank 0 comes to {first}, rank {other} to {second}: real ranks would {fate}")
         settled.append((kinds[0], _settle(kinds[0], [value for _, value in brought])))
     raise OutOfStepError(f"more than {MOST_COLLECTIVES} collectives, and no end")
 

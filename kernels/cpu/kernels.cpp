@@ -1,0 +1,438 @@
+// A decoder layer's operations that are not large matrix products, for a CPU: each reads its input once.
+//
+// Every loop over features is written so that the compiler makes vector instructions of it, whichever this processor
+// has: no intrinsics. Numbers are float32 or bfloat16 in memory and float32 in registers; a result is rounded once.
+// What each function computes is said, and tested, in `kernels/reference.py`.
+//
+// vLLM: csrc/cpu/ (cpu_attn.cpp, layernorm.cpp, pos_encoding.cpp, activation.cpp), with intrinsics by instruction set.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <c10/util/BFloat16.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+namespace {
+
+// ---- numbers ---------------------------------------------------------------------------------------------------
+
+inline float widen(float x) { return x; }
+
+inline float widen(c10::BFloat16 x) {
+  const uint32_t bits = uint32_t(x.x) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
+inline void narrow(float x, float* to) { *to = x; }
+
+inline void narrow(float x, c10::BFloat16* to) {  // to the nearest, ties to even; NaN stays NaN
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  to->x = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded);
+}
+
+// exp(x) for x <= 88, to 2e-7 relative; 0 below -87. A branch-free polynomial, so that a loop of it is vectorized.
+inline float fast_exp(float x) {
+  const float clamped = std::max(x, -87.0f);
+  const float n = std::nearbyint(clamped * 1.44269504f);
+  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const int32_t bits = (int32_t(n) + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, sizeof power);
+  return x < -87.0f ? 0.0f : p * power;
+}
+
+// ---- arguments -------------------------------------------------------------------------------------------------
+
+template <typename Work>
+void for_dtype(const at::Tensor& tensor, const Work& work) {
+  if (tensor.scalar_type() == at::kFloat) {
+    work(float{});
+  } else {
+    work(c10::BFloat16{});
+  }
+}
+
+std::string described(const at::Tensor& tensor) {
+  return c10::str(tensor.scalar_type(), " ", tensor.sizes(), " with strides ", tensor.strides(), " on ", tensor.device());
+}
+
+// A contiguous CPU tensor of `dims` dimensions, the last of `last` numbers, of a dtype that we compute with.
+void check(const char* name, const at::Tensor& tensor, int64_t dims, int64_t last) {
+  TORCH_CHECK_VALUE(tensor.dim() == dims && tensor.size(-1) == last && tensor.is_contiguous() && tensor.is_cpu() &&
+                        (tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kBFloat16),
+                    name, ": wanted a contiguous CPU tensor of ", dims, " dimensions, the last ", last,
+                    ", float32 or bfloat16, not ", described(tensor));
+}
+
+void check_like(const char* name, const at::Tensor& tensor, const char* other_name, const at::Tensor& other) {
+  TORCH_CHECK_VALUE(tensor.scalar_type() == other.scalar_type(), name, " is ", tensor.scalar_type(), " and ", other_name,
+                    " ", other.scalar_type(), ": wanted the same");
+}
+
+void check_indices(const char* name, const at::Tensor& tensor, at::ScalarType type, int64_t length) {
+  TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.size(0) == length && tensor.scalar_type() == type && tensor.is_cpu() &&
+                        tensor.is_contiguous(),
+                    name, ": wanted contiguous ", type, " [", length, "], not ", described(tensor));
+}
+
+// [NB, BS, Hkv, D], stored heads first -> [NB, Hkv, BS, D], as it lies in memory.
+at::Tensor stored(const char* name, const at::Tensor& cache) {
+  TORCH_CHECK_VALUE(cache.dim() == 4, name, ": wanted [NB, BS, Hkv, D], not ", described(cache));
+  at::Tensor as_it_lies = cache.transpose(1, 2);
+  check(name, as_it_lies, 4, cache.size(3));
+  return as_it_lies;
+}
+
+// Threads get at least so many numbers each: below, waking one costs more than it saves.
+constexpr int64_t kGrain = 16384;
+
+int64_t grain(int64_t numbers_per_item) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, numbers_per_item)); }
+
+// ---- small operations ------------------------------------------------------------------------------------------
+
+at::Tensor rms_norm(at::Tensor x, const at::Tensor& weight, double eps, const std::optional<at::Tensor>& residual) {
+  check("x", x, 2, x.size(-1));
+  check("weight", weight, 1, x.size(1));
+  check_like("weight", weight, "x", x);
+  if (residual) {
+    check("residual", *residual, 2, x.size(1));
+    check_like("residual", *residual, "x", x);
+    TORCH_CHECK_VALUE(residual->size(0) == x.size(0), "residual: wanted ", x.sizes(), ", not ", residual->sizes());
+  }
+  const int64_t size = x.size(1), rows = x.size(0);
+  at::Tensor out = at::empty_like(x);
+  for_dtype(x, [&](auto type) {
+    using T = decltype(type);
+    T* const xs = x.data_ptr<T>();
+    const T* const ws = weight.const_data_ptr<T>();
+    const T* const rs = residual ? residual->const_data_ptr<T>() : nullptr;
+    T* const outs = out.data_ptr<T>();
+    at::parallel_for(0, rows, grain(size), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        T* const __restrict in = xs + row * size;
+        T* const __restrict to = outs + row * size;
+        if (rs) {
+          const T* const __restrict add = rs + row * size;
+#pragma omp simd
+          for (int64_t i = 0; i < size; ++i) narrow(widen(in[i]) + widen(add[i]), &in[i]);
+        }
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < size; ++i) sum += widen(in[i]) * widen(in[i]);
+        const float factor = 1.0f / std::sqrt(sum / float(size) + float(eps));
+#pragma omp simd
+        for (int64_t i = 0; i < size; ++i) narrow(widen(in[i]) * factor * widen(ws[i]), &to[i]);
+      }
+    });
+  });
+  return out;
+}
+
+at::Tensor silu_and_mul(const at::Tensor& gate_up) {
+  check("gate_up", gate_up, 2, gate_up.size(-1));
+  const int64_t size = gate_up.size(1) / 2, rows = gate_up.size(0);
+  at::Tensor out = at::empty({rows, size}, gate_up.options());
+  for_dtype(gate_up, [&](auto type) {
+    using T = decltype(type);
+    const T* const in = gate_up.const_data_ptr<T>();
+    T* const outs = out.data_ptr<T>();
+    at::parallel_for(0, rows, grain(2 * size), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const T* const __restrict gate = in + 2 * row * size;
+        const T* const __restrict up = gate + size;
+        T* const __restrict to = outs + row * size;
+#pragma omp simd
+        for (int64_t i = 0; i < size; ++i) {
+          const float g = widen(gate[i]);
+          narrow(g / (1.0f + fast_exp(std::min(-g, 88.0f))) * widen(up[i]), &to[i]);
+        }
+      }
+    });
+  });
+  return out;
+}
+
+// qkv [T, (H + 2 Hkv) D]: queries and keys are rotated in place, keys and values written to their slots (none if -1).
+void rotary_and_cache(at::Tensor qkv, const at::Tensor& cos_sin, const at::Tensor& positions, const at::Tensor& k_cache,
+                      const at::Tensor& v_cache, const at::Tensor& slots) {
+  at::Tensor key_cache = stored("k_cache", k_cache), value_cache = stored("v_cache", v_cache);
+  check("qkv", qkv, 2, qkv.size(-1));
+  check("cos_sin", cos_sin, 2, key_cache.size(3));
+  check_like("qkv", qkv, "k_cache", key_cache);
+  check_like("cos_sin", cos_sin, "k_cache", key_cache);
+  check_like("v_cache", value_cache, "k_cache", key_cache);
+  check_indices("positions", positions, at::kLong, qkv.size(0));
+  check_indices("slot_mapping", slots, at::kLong, qkv.size(0));
+  const int64_t tokens = qkv.size(0), kv_heads = key_cache.size(1), block_size = key_cache.size(2),
+                dim = key_cache.size(3), half = dim / 2, heads = qkv.size(1) / dim - 2 * kv_heads;
+  const int64_t* const rows = positions.const_data_ptr<int64_t>();
+  const int64_t* const slot_of = slots.const_data_ptr<int64_t>();
+  for_dtype(qkv, [&](auto type) {
+    using T = decltype(type);
+    T* const all = qkv.data_ptr<T>();
+    const T* const table = cos_sin.const_data_ptr<T>();
+    T* const keys = key_cache.data_ptr<T>();
+    T* const values = value_cache.data_ptr<T>();
+    at::parallel_for(0, tokens, grain(qkv.size(1)), [&](int64_t begin, int64_t end) {
+      for (int64_t token = begin; token < end; ++token) {
+        T* const own = all + token * qkv.size(1);
+        const T* const __restrict cos = table + rows[token] * dim;
+        const T* const __restrict sin = cos + half;
+        for (int64_t head = 0; head < heads + kv_heads; ++head) {
+          T* const __restrict low = own + head * dim;
+          T* const __restrict high = low + half;
+#pragma omp simd
+          for (int64_t i = 0; i < half; ++i) {
+            const float a = widen(low[i]), b = widen(high[i]), c = widen(cos[i]), s = widen(sin[i]);
+            narrow(a * c - b * s, &low[i]);
+            narrow(b * c + a * s, &high[i]);
+          }
+        }
+        if (slot_of[token] < 0) continue;
+        const int64_t block = slot_of[token] / block_size, offset = slot_of[token] % block_size;
+        const T* const new_keys = own + heads * dim;
+        for (int64_t head = 0; head < kv_heads; ++head) {
+          const int64_t place = ((block * kv_heads + head) * block_size + offset) * dim;
+          std::copy_n(new_keys + head * dim, dim, keys + place);
+          std::copy_n(new_keys + (kv_heads + head) * dim, dim, values + place);
+        }
+      }
+    });
+  });
+}
+
+// ---- attention -------------------------------------------------------------------------------------------------
+
+// One piece of work: some positions of one request, for one KV head. Several pieces of a request are merged.
+struct Piece {
+  int64_t request, head, first, last;
+};
+
+// Positions of a piece: enough to be worth a merge, few enough that two threads share one long request evenly.
+constexpr int64_t kPiece = 256;
+
+// Adds up `exp(score - best) * value` over the piece's positions for G query heads. acc [G, D], best and total [G].
+template <typename T, int D>
+void attend_piece(const float* query, const T* keys, const T* values, const int32_t* table, int64_t first, int64_t last,
+                  int64_t kv_heads, int64_t head, int64_t block_size, int64_t group, float* acc, float* best,
+                  float* total, float* scores) {
+  std::fill_n(acc, group * D, 0.0f);
+  std::fill_n(best, group, -std::numeric_limits<float>::infinity());
+  std::fill_n(total, group, 0.0f);
+  for (int64_t start = first; start < last;) {
+    const int64_t offset = start % block_size, count = std::min(block_size - offset, last - start);
+    const int64_t place = ((table[start / block_size] * kv_heads + head) * block_size + offset) * D;
+    const T* const key_block = keys + place;
+    const T* const value_block = values + place;
+    if (start + count < last) {
+      const int64_t next = (table[start / block_size + 1] * kv_heads + head) * block_size * D;
+      for (int64_t i = 0; i < block_size * D * int64_t(sizeof(T)); i += 64) {
+        __builtin_prefetch(reinterpret_cast<const char*>(keys + next) + i);
+        __builtin_prefetch(reinterpret_cast<const char*>(values + next) + i);
+      }
+    }
+    for (int64_t p = 0; p < count; ++p) {
+      float key[D];
+#pragma omp simd
+      for (int i = 0; i < D; ++i) key[i] = widen(key_block[p * D + i]);
+      for (int64_t g = 0; g < group; ++g) {
+        const float* const q = query + g * D;
+        float dot = 0;
+#pragma omp simd reduction(+ : dot)
+        for (int i = 0; i < D; ++i) dot += q[i] * key[i];
+        scores[g * block_size + p] = dot;
+      }
+    }
+    for (int64_t g = 0; g < group; ++g) {
+      float* const own = scores + g * block_size;
+      float highest = best[g];
+      for (int64_t p = 0; p < count; ++p) highest = std::max(highest, own[p]);
+      const float shrink = fast_exp(best[g] - highest);
+      float sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t p = 0; p < count; ++p) {
+        own[p] = fast_exp(own[p] - highest);
+        sum += own[p];
+      }
+      total[g] = total[g] * shrink + sum;
+      best[g] = highest;
+      float* const to = acc + g * D;
+      float kept[D];
+#pragma omp simd
+      for (int i = 0; i < D; ++i) kept[i] = to[i] * shrink;
+      for (int64_t p = 0; p < count; ++p) {
+        const float weight = own[p];
+        const T* const __restrict value = value_block + p * D;
+#pragma omp simd
+        for (int i = 0; i < D; ++i) kept[i] += weight * widen(value[i]);
+      }
+#pragma omp simd
+      for (int i = 0; i < D; ++i) to[i] = kept[i];
+    }
+    start += count;
+  }
+}
+
+template <typename T, int D>
+void attend(const at::Tensor& query, const at::Tensor& key_cache, const at::Tensor& value_cache,
+            const at::Tensor& block_table, const at::Tensor& seq_lens, double scale, int64_t window, const at::Tensor& out) {
+  const int64_t requests = query.size(0), heads = query.size(1), kv_heads = key_cache.size(1),
+                block_size = key_cache.size(2), group = heads / kv_heads, width = block_table.stride(0);
+  const int32_t* const lens = seq_lens.const_data_ptr<int32_t>();
+  const int32_t* const tables = block_table.const_data_ptr<int32_t>();
+  const T* const queries = query.const_data_ptr<T>();
+  const T* const keys = key_cache.const_data_ptr<T>();
+  const T* const values = value_cache.const_data_ptr<T>();
+  T* const outs = out.data_ptr<T>();
+
+  std::vector<Piece> pieces;
+  std::vector<int64_t> first_piece;  // of each (request, head), and the end
+  for (int64_t request = 0; request < requests; ++request) {
+    const int64_t len = lens[request], first = window > 0 ? std::max<int64_t>(0, len - window) : 0;
+    const int64_t count = std::max<int64_t>(1, (len - first + kPiece / 2) / kPiece);
+    for (int64_t head = 0; head < kv_heads; ++head) {
+      first_piece.push_back(int64_t(pieces.size()));
+      for (int64_t i = 0; i < count; ++i)
+        pieces.push_back({request, head, first + (len - first) * i / count, first + (len - first) * (i + 1) / count});
+    }
+  }
+  first_piece.push_back(int64_t(pieces.size()));
+
+  const int64_t stride = group * (D + 2);  // per piece: acc [G, D], best [G], total [G]
+  std::vector<float> partial(pieces.size() * stride);
+  at::parallel_for(0, int64_t(pieces.size()), 4, [&](int64_t begin, int64_t end) {
+    std::vector<float> scaled(group * D), scores(group * block_size);
+    for (int64_t i = begin; i < end; ++i) {
+      const Piece& piece = pieces[i];
+      const T* const own = queries + piece.request * query.stride(0) + piece.head * group * D;
+      for (int64_t j = 0; j < group * D; ++j) scaled[j] = widen(own[j]) * float(scale);
+      float* const acc = partial.data() + i * stride;
+      attend_piece<T, D>(scaled.data(), keys, values, tables + piece.request * width, piece.first, piece.last, kv_heads,
+                         piece.head, block_size, group, acc, acc + group * D, acc + group * (D + 1), scores.data());
+    }
+  });
+  at::parallel_for(0, requests * kv_heads, grain(group * D), [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      for (int64_t g = 0; g < group; ++g) {
+        float best = -std::numeric_limits<float>::infinity(), total = 0, sum[D] = {};
+        for (int64_t i = first_piece[item]; i < first_piece[item + 1]; ++i)
+          best = std::max(best, partial[i * stride + group * D + g]);
+        for (int64_t i = first_piece[item]; i < first_piece[item + 1]; ++i) {
+          const float* const part = partial.data() + i * stride;
+          const float weight = part[group * (D + 1) + g] > 0 ? fast_exp(part[group * D + g] - best) : 0;
+          total += weight * part[group * (D + 1) + g];
+          for (int j = 0; j < D; ++j) sum[j] += weight * part[g * D + j];
+        }
+        T* const to = outs + (item * group + g) * D;  // item = request * Hkv + head
+        for (int j = 0; j < D; ++j) narrow(total > 0 ? sum[j] / total : 0, &to[j]);
+      }
+    }
+  });
+}
+
+constexpr int kHeadSizes[] = {8, 16, 32, 64, 80, 96, 128, 256};
+
+std::vector<int64_t> head_sizes() { return {std::begin(kHeadSizes), std::end(kHeadSizes)}; }
+
+template <typename T, size_t... I>
+bool attend_by_size(int64_t dim, std::index_sequence<I...>, const auto&... arguments) {
+  return ((dim == kHeadSizes[I] && (attend<T, kHeadSizes[I]>(arguments...), true)) || ...);
+}
+
+at::Tensor paged_attention_decode(const at::Tensor& query, const at::Tensor& k_cache, const at::Tensor& v_cache,
+                                  const at::Tensor& block_table, const at::Tensor& seq_lens, double scale,
+                                  std::optional<int64_t> sliding_window) {
+  const at::Tensor key_cache = stored("k_cache", k_cache), value_cache = stored("v_cache", v_cache);
+  check_like("v_cache", value_cache, "k_cache", key_cache);
+  check_like("query", query, "k_cache", key_cache);
+  TORCH_CHECK_VALUE(query.dim() == 3 && query.stride(2) == 1 && query.stride(1) == query.size(2) &&
+                        query.size(2) == key_cache.size(3) && query.size(1) % key_cache.size(1) == 0,
+                    "query: wanted [B, H, D] with contiguous heads as the caches have them, not ", described(query));
+  TORCH_CHECK_VALUE(block_table.dim() == 2 && block_table.size(0) == query.size(0) && block_table.stride(1) == 1 &&
+                        block_table.scalar_type() == at::kInt,
+                    "block_table: wanted int32 [B, MB] with contiguous rows, not ", described(block_table));
+  check_indices("seq_lens", seq_lens, at::kInt, query.size(0));
+  at::Tensor out = at::empty(query.sizes(), query.options());
+  bool compiled = false;
+  for_dtype(query, [&](auto type) {
+    compiled = attend_by_size<decltype(type)>(query.size(2), std::make_index_sequence<std::size(kHeadSizes)>{}, query,
+                                              key_cache, value_cache, block_table, seq_lens, scale,
+                                              sliding_window.value_or(0), out);
+  });
+  TORCH_CHECK_VALUE(compiled, "query: heads of ", query.size(2), "; compiled are ", c10::IntArrayRef(head_sizes()));
+  return out;
+}
+
+// ---- products --------------------------------------------------------------------------------------------------
+
+// y = W x for one row, at the speed at which memory gives W. x [1, K], weight [N, K] -> [1, N], float32.
+at::Tensor few_rows_linear(const at::Tensor& x, const at::Tensor& weight) {
+  check("weight", weight, 2, weight.size(-1));
+  check("x", x, 2, weight.size(1));
+  TORCH_CHECK_VALUE(x.size(0) == 1 && x.scalar_type() == at::kFloat && weight.scalar_type() == at::kFloat,
+                    "x: wanted one row of float32 and a weight of float32, not ", described(x));
+  const int64_t outputs = weight.size(0), inputs = weight.size(1);
+  at::Tensor out = at::empty({1, outputs}, x.options());
+  const float* const in = x.const_data_ptr<float>();
+  const float* const rows = weight.const_data_ptr<float>();
+  float* const to = out.data_ptr<float>();
+  at::parallel_for(0, outputs, grain(inputs), [&](int64_t begin, int64_t end) {
+    int64_t row = begin;
+    for (; row + 4 <= end; row += 4) {  // four streams at once keep more reads under way
+      const float* const __restrict a = rows + row * inputs;
+      const float *const b = a + inputs, *const c = b + inputs, *const d = c + inputs;
+      float sa = 0, sb = 0, sc = 0, sd = 0;
+#pragma omp simd reduction(+ : sa, sb, sc, sd)
+      for (int64_t i = 0; i < inputs; ++i) {
+        sa += a[i] * in[i];
+        sb += b[i] * in[i];
+        sc += c[i] * in[i];
+        sd += d[i] * in[i];
+      }
+      to[row] = sa, to[row + 1] = sb, to[row + 2] = sc, to[row + 3] = sd;
+    }
+    for (; row < end; ++row) {
+      float sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t i = 0; i < inputs; ++i) sum += rows[row * inputs + i] * in[i];
+      to[row] = sum;
+    }
+  });
+  return out;
+}
+
+TORCH_LIBRARY(course_cpu, library) {
+  library.def("rms_norm(Tensor(a!) x, Tensor weight, float eps, Tensor? residual=None) -> Tensor", &rms_norm);
+  library.def("silu_and_mul(Tensor gate_up) -> Tensor", &silu_and_mul);
+  library.def(
+      "rotary_and_cache(Tensor(a!) qkv, Tensor cos_sin, Tensor positions, Tensor(b!) k_cache, Tensor(c!) v_cache, "
+      "Tensor slot_mapping) -> ()",
+      &rotary_and_cache);
+  library.def(
+      "paged_attention_decode(Tensor query, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, "
+      "float scale, *, int? sliding_window=None) -> Tensor",
+      &paged_attention_decode);
+  library.def("head_sizes() -> int[]", &head_sizes);
+  library.def("few_rows_linear(Tensor x, Tensor weight) -> Tensor", &few_rows_linear);
+}
+
+}  // namespace
