@@ -220,6 +220,59 @@ void rotary_and_cache(at::Tensor qkv, const at::Tensor& cos_sin, const at::Tenso
   });
 }
 
+// ---- vectors ---------------------------------------------------------------------------------------------------
+
+// Sixteen numbers; the compiler makes of them what the processor has: one register, two or four.
+constexpr int kLanes = 16;
+typedef float Floats __attribute__((vector_size(kLanes * sizeof(float))));
+typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
+typedef uint32_t Bits __attribute__((vector_size(kLanes * sizeof(uint32_t))));
+typedef uint16_t HalfBits __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+
+inline Floats load(const float* from) {
+  Floats loaded;
+  std::memcpy(&loaded, from, sizeof loaded);
+  return loaded;
+}
+
+inline Floats load(const c10::BFloat16* from) {
+  HalfBits half;
+  std::memcpy(&half, from, sizeof half);
+  const Bits wide = __builtin_convertvector(half, Bits) << 16;
+  Floats loaded;
+  std::memcpy(&loaded, &wide, sizeof loaded);
+  return loaded;
+}
+
+inline void store(Floats vector, float* to) { std::memcpy(to, &vector, sizeof vector); }
+
+// A row of `count` numbers as float32, zeros behind it up to a whole vector.
+template <int count, typename T>
+inline void widen_row(const T* from, float* to) {
+  constexpr int whole = count / kLanes * kLanes;
+  for (int i = 0; i < whole; i += kLanes) store(load(from + i), to + i);
+  for (int i = whole; i < count; ++i) to[i] = widen(from[i]);
+}
+
+// Per block of 2 * half lanes: first a's two halves added up, then b's.
+template <int half>
+inline Floats fold(Floats a, Floats b) {
+  Ints low, high;
+  for (int i = 0; i < kLanes; ++i) {
+    low[i] = i / (2 * half) * 2 * half + i % half + (i & half ? kLanes : 0);
+    high[i] = low[i] + half;
+  }
+  return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+}
+
+// Lane p of the result: the sum of the lanes of rows[p].
+inline Floats sums_of_lanes(Floats (&rows)[kLanes]) {
+  for (int i = 0; i < 8; ++i) rows[i] = fold<8>(rows[i], rows[i + 8]);
+  for (int i = 0; i < 4; ++i) rows[i] = fold<4>(rows[i], rows[i + 4]);
+  for (int i = 0; i < 2; ++i) rows[i] = fold<2>(rows[i], rows[i + 2]);
+  return fold<1>(rows[0], rows[1]);
+}
+
 // ---- attention -------------------------------------------------------------------------------------------------
 
 // One piece of work: some positions of one request, for one KV head. Several pieces of a request are merged.
@@ -230,65 +283,54 @@ struct Piece {
 // Positions of a piece: enough to be worth a merge, few enough that two threads share one long request evenly.
 constexpr int64_t kPiece = 256;
 
-// Adds up `exp(score - best) * value` over the piece's positions for G query heads. acc [G, D], best and total [G].
+template <int D>
+constexpr int kPadded = (D + kLanes - 1) / kLanes* kLanes;
+
+// Adds up `exp(score - best) * value` over the piece's positions for the query heads of one KV head, sixteen positions
+// at a time. query [G, kPadded], zeros behind D; acc [G, kPadded], best and total [G].
 template <typename T, int D>
-void attend_piece(const float* query, const T* keys, const T* values, const int32_t* table, int64_t first, int64_t last,
-                  int64_t kv_heads, int64_t head, int64_t block_size, int64_t group, float* acc, float* best,
-                  float* total, float* scores) {
-  std::fill_n(acc, group * D, 0.0f);
+void attend_piece(const float* query, const T* keys, const T* values, const int32_t* table, const Piece& piece,
+                  int64_t kv_heads, int64_t block_size, int64_t group, float* acc, float* best, float* total) {
+  constexpr int width = kPadded<D>, vectors = width / kLanes;
+  std::fill_n(acc, group * width, 0.0f);
   std::fill_n(best, group, -std::numeric_limits<float>::infinity());
   std::fill_n(total, group, 0.0f);
-  for (int64_t start = first; start < last;) {
-    const int64_t offset = start % block_size, count = std::min(block_size - offset, last - start);
-    const int64_t place = ((table[start / block_size] * kv_heads + head) * block_size + offset) * D;
-    const T* const key_block = keys + place;
-    const T* const value_block = values + place;
-    if (start + count < last) {
-      const int64_t next = (table[start / block_size + 1] * kv_heads + head) * block_size * D;
-      for (int64_t i = 0; i < block_size * D * int64_t(sizeof(T)); i += 64) {
-        __builtin_prefetch(reinterpret_cast<const char*>(keys + next) + i);
-        __builtin_prefetch(reinterpret_cast<const char*>(values + next) + i);
-      }
-    }
-    for (int64_t p = 0; p < count; ++p) {
-      float key[D];
-#pragma omp simd
-      for (int i = 0; i < D; ++i) key[i] = widen(key_block[p * D + i]);
-      for (int64_t g = 0; g < group; ++g) {
-        const float* const q = query + g * D;
-        float dot = 0;
-#pragma omp simd reduction(+ : dot)
-        for (int i = 0; i < D; ++i) dot += q[i] * key[i];
-        scores[g * block_size + p] = dot;
-      }
-    }
+  float key_rows[kLanes][width] = {}, value_rows[kLanes][width] = {};
+  for (int64_t start = piece.first; start < piece.last;) {
+    const int64_t offset = start % block_size;
+    const int count = int(std::min({block_size - offset, piece.last - start, int64_t(kLanes)}));
+    const int64_t place = ((table[start / block_size] * kv_heads + piece.head) * block_size + offset) * D;
+    start += count;
+    // One after the other: memory is faster with one stream at a time.
+    for (int p = 0; p < count; ++p) widen_row<D>(keys + place + p * D, key_rows[p]);
+    for (int p = 0; p < count; ++p) widen_row<D>(values + place + p * D, value_rows[p]);
     for (int64_t g = 0; g < group; ++g) {
-      float* const own = scores + g * block_size;
+      Floats products[kLanes];
+      for (int p = 0; p < kLanes; ++p) products[p] = load(query + g * width) * load(key_rows[p]);
+      for (int i = 1; i < vectors; ++i) {
+        const Floats part = load(query + g * width + i * kLanes);
+        for (int p = 0; p < kLanes; ++p) products[p] += part * load(key_rows[p] + i * kLanes);
+      }
+      float weights[kLanes];
+      store(sums_of_lanes(products), weights);
       float highest = best[g];
-      for (int64_t p = 0; p < count; ++p) highest = std::max(highest, own[p]);
-      const float shrink = fast_exp(best[g] - highest);
+      for (int p = 0; p < count; ++p) highest = std::max(highest, weights[p]);
       float sum = 0;
 #pragma omp simd reduction(+ : sum)
-      for (int64_t p = 0; p < count; ++p) {
-        own[p] = fast_exp(own[p] - highest);
-        sum += own[p];
+      for (int p = 0; p < kLanes; ++p) {
+        weights[p] = p < count ? fast_exp(weights[p] - highest) : 0;
+        sum += weights[p];
       }
+      const float shrink = fast_exp(best[g] - highest);
       total[g] = total[g] * shrink + sum;
       best[g] = highest;
-      float* const to = acc + g * D;
-      float kept[D];
-#pragma omp simd
-      for (int i = 0; i < D; ++i) kept[i] = to[i] * shrink;
-      for (int64_t p = 0; p < count; ++p) {
-        const float weight = own[p];
-        const T* const __restrict value = value_block + p * D;
-#pragma omp simd
-        for (int i = 0; i < D; ++i) kept[i] += weight * widen(value[i]);
-      }
-#pragma omp simd
-      for (int i = 0; i < D; ++i) to[i] = kept[i];
+      float* const to = acc + g * width;
+      Floats kept[vectors];
+      for (int i = 0; i < vectors; ++i) kept[i] = load(to + i * kLanes) * shrink;
+      for (int p = 0; p < count; ++p)
+        for (int i = 0; i < vectors; ++i) kept[i] += weights[p] * load(value_rows[p] + i * kLanes);
+      for (int i = 0; i < vectors; ++i) store(kept[i], to + i * kLanes);
     }
-    start += count;
   }
 }
 
@@ -296,7 +338,7 @@ template <typename T, int D>
 void attend(const at::Tensor& query, const at::Tensor& key_cache, const at::Tensor& value_cache,
             const at::Tensor& block_table, const at::Tensor& seq_lens, double scale, int64_t window, const at::Tensor& out) {
   const int64_t requests = query.size(0), heads = query.size(1), kv_heads = key_cache.size(1),
-                block_size = key_cache.size(2), group = heads / kv_heads, width = block_table.stride(0);
+                block_size = key_cache.size(2), group = heads / kv_heads, table_width = block_table.stride(0);
   const int32_t* const lens = seq_lens.const_data_ptr<int32_t>();
   const int32_t* const tables = block_table.const_data_ptr<int32_t>();
   const T* const queries = query.const_data_ptr<T>();
@@ -317,17 +359,19 @@ void attend(const at::Tensor& query, const at::Tensor& key_cache, const at::Tens
   }
   first_piece.push_back(int64_t(pieces.size()));
 
-  const int64_t stride = group * (D + 2);  // per piece: acc [G, D], best [G], total [G]
+  constexpr int width = kPadded<D>;
+  const int64_t stride = group * (width + 2);  // per piece: acc [G, width], best [G], total [G]
   std::vector<float> partial(pieces.size() * stride);
   at::parallel_for(0, int64_t(pieces.size()), 4, [&](int64_t begin, int64_t end) {
-    std::vector<float> scaled(group * D), scores(group * block_size);
+    std::vector<float> scaled(group * width);
     for (int64_t i = begin; i < end; ++i) {
       const Piece& piece = pieces[i];
       const T* const own = queries + piece.request * query.stride(0) + piece.head * group * D;
-      for (int64_t j = 0; j < group * D; ++j) scaled[j] = widen(own[j]) * float(scale);
+      for (int64_t g = 0; g < group; ++g)
+        for (int j = 0; j < D; ++j) scaled[g * width + j] = widen(own[g * D + j]) * float(scale);
       float* const acc = partial.data() + i * stride;
-      attend_piece<T, D>(scaled.data(), keys, values, tables + piece.request * width, piece.first, piece.last, kv_heads,
-                         piece.head, block_size, group, acc, acc + group * D, acc + group * (D + 1), scores.data());
+      attend_piece<T, D>(scaled.data(), keys, values, tables + piece.request * table_width, piece, kv_heads, block_size,
+                         group, acc, acc + group * width, acc + group * (width + 1));
     }
   });
   at::parallel_for(0, requests * kv_heads, grain(group * D), [&](int64_t begin, int64_t end) {
@@ -335,12 +379,12 @@ void attend(const at::Tensor& query, const at::Tensor& key_cache, const at::Tens
       for (int64_t g = 0; g < group; ++g) {
         float best = -std::numeric_limits<float>::infinity(), total = 0, sum[D] = {};
         for (int64_t i = first_piece[item]; i < first_piece[item + 1]; ++i)
-          best = std::max(best, partial[i * stride + group * D + g]);
+          best = std::max(best, partial[i * stride + group * width + g]);
         for (int64_t i = first_piece[item]; i < first_piece[item + 1]; ++i) {
           const float* const part = partial.data() + i * stride;
-          const float weight = part[group * (D + 1) + g] > 0 ? fast_exp(part[group * D + g] - best) : 0;
-          total += weight * part[group * (D + 1) + g];
-          for (int j = 0; j < D; ++j) sum[j] += weight * part[g * D + j];
+          const float weight = part[group * (width + 1) + g] > 0 ? fast_exp(part[group * width + g] - best) : 0;
+          total += weight * part[group * (width + 1) + g];
+          for (int j = 0; j < D; ++j) sum[j] += weight * part[g * width + j];
         }
         T* const to = outs + (item * group + g) * D;  // item = request * Hkv + head
         for (int j = 0; j < D; ++j) narrow(total > 0 ? sum[j] / total : 0, &to[j]);
@@ -384,6 +428,14 @@ at::Tensor paged_attention_decode(const at::Tensor& query, const at::Tensor& k_c
 
 // ---- products --------------------------------------------------------------------------------------------------
 
+// A function of its own: of pointers that a lambda has captured the compiler makes no vector instructions.
+inline float dot(const float* __restrict a, const float* __restrict b, int64_t size) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < size; ++i) sum += a[i] * b[i];
+  return sum;
+}
+
 // y = W x for one row, at the speed at which memory gives W. x [1, K], weight [N, K] -> [1, N], float32.
 at::Tensor few_rows_linear(const at::Tensor& x, const at::Tensor& weight) {
   check("weight", weight, 2, weight.size(-1));
@@ -396,26 +448,8 @@ at::Tensor few_rows_linear(const at::Tensor& x, const at::Tensor& weight) {
   const float* const rows = weight.const_data_ptr<float>();
   float* const to = out.data_ptr<float>();
   at::parallel_for(0, outputs, grain(inputs), [&](int64_t begin, int64_t end) {
-    int64_t row = begin;
-    for (; row + 4 <= end; row += 4) {  // four streams at once keep more reads under way
-      const float* const __restrict a = rows + row * inputs;
-      const float *const b = a + inputs, *const c = b + inputs, *const d = c + inputs;
-      float sa = 0, sb = 0, sc = 0, sd = 0;
-#pragma omp simd reduction(+ : sa, sb, sc, sd)
-      for (int64_t i = 0; i < inputs; ++i) {
-        sa += a[i] * in[i];
-        sb += b[i] * in[i];
-        sc += c[i] * in[i];
-        sd += d[i] * in[i];
-      }
-      to[row] = sa, to[row + 1] = sb, to[row + 2] = sc, to[row + 3] = sd;
-    }
-    for (; row < end; ++row) {
-      float sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t i = 0; i < inputs; ++i) sum += rows[row * inputs + i] * in[i];
-      to[row] = sum;
-    }
+    // Not several rows at once: memory is faster with one stream at a time.
+    for (int64_t row = begin; row < end; ++row) to[row] = dot(rows + row * inputs, in, inputs);
   });
   return out;
 }
