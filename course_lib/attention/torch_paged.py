@@ -32,6 +32,9 @@ from kernels.cpu import compiled_kernels
 _GATHER_BYTES = 16 << 20
 # Up to so many positions of a decode group, scaled_dot_product_attention beats two products and a softmax in 16 bits.
 _FEW_POSITIONS = 1024
+# Up to so many pairs of a new token and a position, our own kernel beats scaled_dot_product_attention, which multiplies
+# larger tiles but takes longer to begin.
+_FEW_PAIRS = 64 * 64
 # A common prefix is set apart if that saves gathering so many positions: the extra calls cost as much as half of them.
 _WORTH_SHARING = 2048
 
@@ -66,6 +69,7 @@ class PrefillRequest:
     end: int
     seq_len: int
     cache_rows: torch.Tensor | None  # int64 [Hkv * blocks]; None when nothing was computed before
+    tokens: DecodeGroup | None  # each new token as if it were the newest of a request: for the kernel, if they are few
     masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
 
 
@@ -125,7 +129,12 @@ class TorchPagedBackend:
             if seq_len > query_len:
                 num_blocks = -(-seq_len // self.block_size)
                 rows = self._cache_rows(metadata.block_table[req : req + 1, :num_blocks])
-            prefills.append(PrefillRequest(int(starts[req]), int(starts[req + 1]), seq_len, rows))
+            tokens = None
+            if self._kernels is not None and query_len * seq_len <= _FEW_PAIRS:
+                table = metadata.block_table[req].expand(query_len, -1)
+                lens = torch.arange(seq_len - query_len + 1, seq_len + 1, dtype=torch.int32)
+                tokens = DecodeGroup(slice(None), table, lens, None)
+            prefills.append(PrefillRequest(int(starts[req]), int(starts[req + 1]), seq_len, rows, tokens))
         return TorchPlan(self._write_rows(metadata.slot_mapping), groups, prefills)
 
     def _write_rows(self, slots: torch.Tensor) -> torch.Tensor:
@@ -362,6 +371,8 @@ class TorchPagedBackend:
         sliding_window: int | None,
     ) -> torch.Tensor:
         """One request's new tokens: query [n, H, D] -> [n, H, D]."""
+        if request.tokens is not None:
+            return self._decode(query, caches, request.tokens, scale, sliding_window)
         num_new, num_heads, head_dim = query.shape
         if request.cache_rows is None:
             key, value = key.transpose(0, 1), value.transpose(0, 1)

@@ -246,12 +246,13 @@ inline Floats load(const c10::BFloat16* from) {
 
 inline void store(Floats vector, float* to) { std::memcpy(to, &vector, sizeof vector); }
 
-// A row of `count` numbers as float32, zeros behind it up to a whole vector.
-template <int count, typename T>
-inline void widen_row(const T* from, float* to) {
-  constexpr int whole = count / kLanes * kLanes;
-  for (int i = 0; i < whole; i += kLanes) store(load(from + i), to + i);
-  for (int i = whole; i < count; ++i) to[i] = widen(from[i]);
+// Numbers i to i + 15 of a row of `size`, zeros behind its end.
+template <int size, typename T>
+inline Floats load_part(const T* row, int i) {
+  if (i + kLanes <= size) return load(row + i);
+  float part[kLanes] = {};
+  for (int j = 0; i + j < size; ++j) part[j] = widen(row[i + j]);
+  return load(part);
 }
 
 // Per block of 2 * half lanes: first a's two halves added up, then b's.
@@ -275,68 +276,104 @@ inline Floats sums_of_lanes(Floats (&rows)[kLanes]) {
 
 // ---- attention -------------------------------------------------------------------------------------------------
 
-// One piece of work: some positions of one request, for one KV head. Several pieces of a request are merged.
+// One piece of work: some positions of one request, for all heads: a block's keys lie behind each other, head by head,
+// and memory is faster with long streams. Several pieces of a request are merged.
 struct Piece {
-  int64_t request, head, first, last;
+  int64_t request, first, last;
 };
 
-// Positions of a piece: enough to be worth a merge, few enough that two threads share one long request evenly.
-constexpr int64_t kPiece = 256;
+// Positions of a piece: enough to be worth a merge; fewer if there would be too few pieces for the threads to share.
+constexpr int64_t kMostOfPiece = 256, kLeastOfPiece = 64;
 
 template <int D>
 constexpr int kPadded = (D + kLanes - 1) / kLanes* kLanes;
 
-// Adds up `exp(score - best) * value` over the piece's positions for the query heads of one KV head, sixteen positions
-// at a time. query [G, kPadded], zeros behind D; acc [G, kPadded], best and total [G].
+// Sixteen positions (the first `count` of them count) for G query heads of one KV head: adds exp(score - best) * value
+// to acc, and exp(score - best) to total. query [G, kPadded], zeros behind D; acc [G, kPadded], best and total [G].
+template <typename T, int D, int G>
+inline void attend_chunk(const float* query, const T* keys, const T* values, int count, float* acc, float* best,
+                         float* total) {
+  constexpr int width = kPadded<D>, vectors = width / kLanes, half = kLanes / 2;
+  Floats products[G][kLanes];
+  for (int first = 0; first < kLanes; first += half) {  // half of them at a time: what registers hold
+    Floats sums[G][half] = {};
+    for (int i = 0; i < vectors; ++i) {
+      Floats parts[G];
+      for (int g = 0; g < G; ++g) parts[g] = load(query + g * width + i * kLanes);
+      for (int p = 0; p < half; ++p) {
+        const Floats key = load_part<D>(keys + std::min(first + p, count - 1) * D, i * kLanes);
+        for (int g = 0; g < G; ++g) sums[g][p] += parts[g] * key;
+      }
+    }
+    for (int g = 0; g < G; ++g)
+      for (int p = 0; p < half; ++p) products[g][first + p] = sums[g][p];
+  }
+  float weights[G][kLanes], shrink[G];
+  for (int g = 0; g < G; ++g) {
+    store(sums_of_lanes(products[g]), weights[g]);
+    float highest = best[g], sum = 0;
+#pragma omp simd reduction(max : highest)
+    for (int p = 0; p < kLanes; ++p) highest = std::max(highest, weights[g][p]);  // the last one is there repeatedly
+#pragma omp simd reduction(+ : sum)
+    for (int p = 0; p < kLanes; ++p) {
+      weights[g][p] = p < count ? fast_exp(weights[g][p] - highest) : 0;
+      sum += weights[g][p];
+    }
+    shrink[g] = fast_exp(best[g] - highest);
+    total[g] = total[g] * shrink[g] + sum;
+    best[g] = highest;
+  }
+  Floats kept[G][vectors];
+  for (int g = 0; g < G; ++g)
+    for (int i = 0; i < vectors; ++i) kept[g][i] = load(acc + g * width + i * kLanes) * shrink[g];
+  for (int p = 0; p < count; ++p) {
+    for (int i = 0; i < vectors; ++i) {
+      const Floats value = load_part<D>(values + p * D, i * kLanes);
+      for (int g = 0; g < G; ++g) kept[g][i] += weights[g][p] * value;
+    }
+  }
+  for (int g = 0; g < G; ++g)
+    for (int i = 0; i < vectors; ++i) store(kept[g][i], acc + g * width + i * kLanes);
+}
+
+// The chunks of a piece, for all heads. query, acc [H, kPadded], best and total [H].
 template <typename T, int D>
 void attend_piece(const float* query, const T* keys, const T* values, const int32_t* table, const Piece& piece,
                   int64_t kv_heads, int64_t block_size, int64_t group, float* acc, float* best, float* total) {
-  constexpr int width = kPadded<D>, vectors = width / kLanes;
-  std::fill_n(acc, group * width, 0.0f);
-  std::fill_n(best, group, -std::numeric_limits<float>::infinity());
-  std::fill_n(total, group, 0.0f);
-  float key_rows[kLanes][width] = {}, value_rows[kLanes][width] = {};
+  constexpr int width = kPadded<D>;
+  const int64_t heads = kv_heads * group;
+  std::fill_n(acc, heads * width, 0.0f);
+  std::fill_n(best, heads, -std::numeric_limits<float>::infinity());
+  std::fill_n(total, heads, 0.0f);
   for (int64_t start = piece.first; start < piece.last;) {
     const int64_t offset = start % block_size;
     const int count = int(std::min({block_size - offset, piece.last - start, int64_t(kLanes)}));
-    const int64_t place = ((table[start / block_size] * kv_heads + piece.head) * block_size + offset) * D;
-    start += count;
-    // One after the other: memory is faster with one stream at a time.
-    for (int p = 0; p < count; ++p) widen_row<D>(keys + place + p * D, key_rows[p]);
-    for (int p = 0; p < count; ++p) widen_row<D>(values + place + p * D, value_rows[p]);
-    for (int64_t g = 0; g < group; ++g) {
-      Floats products[kLanes];
-      for (int p = 0; p < kLanes; ++p) products[p] = load(query + g * width) * load(key_rows[p]);
-      for (int i = 1; i < vectors; ++i) {
-        const Floats part = load(query + g * width + i * kLanes);
-        for (int p = 0; p < kLanes; ++p) products[p] += part * load(key_rows[p] + i * kLanes);
+    for (int64_t head = 0; head < heads;) {
+      const int64_t place = ((table[start / block_size] * kv_heads + head / group) * block_size + offset) * D;
+      const int64_t left = group - head % group;  // of those that share this KV head: three at a time fit the registers
+      const auto attend = [&](auto together) {
+        constexpr int G = decltype(together)::value;
+        attend_chunk<T, D, G>(query + head * width, keys + place, values + place, count, acc + head * width, best + head,
+                              total + head);
+        head += G;
+      };
+      if (left >= 3) {
+        attend(std::integral_constant<int, 3>{});
+      } else if (left == 2) {
+        attend(std::integral_constant<int, 2>{});
+      } else {
+        attend(std::integral_constant<int, 1>{});
       }
-      float weights[kLanes];
-      store(sums_of_lanes(products), weights);
-      float highest = best[g];
-      for (int p = 0; p < count; ++p) highest = std::max(highest, weights[p]);
-      float sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int p = 0; p < kLanes; ++p) {
-        weights[p] = p < count ? fast_exp(weights[p] - highest) : 0;
-        sum += weights[p];
-      }
-      const float shrink = fast_exp(best[g] - highest);
-      total[g] = total[g] * shrink + sum;
-      best[g] = highest;
-      float* const to = acc + g * width;
-      Floats kept[vectors];
-      for (int i = 0; i < vectors; ++i) kept[i] = load(to + i * kLanes) * shrink;
-      for (int p = 0; p < count; ++p)
-        for (int i = 0; i < vectors; ++i) kept[i] += weights[p] * load(value_rows[p] + i * kLanes);
-      for (int i = 0; i < vectors; ++i) store(kept[i], to + i * kLanes);
     }
+    start += count;
   }
 }
 
 template <typename T, int D>
 void attend(const at::Tensor& query, const at::Tensor& key_cache, const at::Tensor& value_cache,
-            const at::Tensor& block_table, const at::Tensor& seq_lens, double scale, int64_t window, const at::Tensor& out) {
+            const at::Tensor& block_table, const at::Tensor& seq_lens, double scale, int64_t window,
+            const at::Tensor& out) {
+  constexpr int width = kPadded<D>;
   const int64_t requests = query.size(0), heads = query.size(1), kv_heads = key_cache.size(1),
                 block_size = key_cache.size(2), group = heads / kv_heads, table_width = block_table.stride(0);
   const int32_t* const lens = seq_lens.const_data_ptr<int32_t>();
@@ -346,47 +383,51 @@ void attend(const at::Tensor& query, const at::Tensor& key_cache, const at::Tens
   const T* const values = value_cache.const_data_ptr<T>();
   T* const outs = out.data_ptr<T>();
 
+  const auto first_of = [&](int64_t request) { return window > 0 ? std::max<int64_t>(0, lens[request] - window) : 0; };
+  int64_t positions = 0;
+  for (int64_t request = 0; request < requests; ++request) positions += lens[request] - first_of(request);
+  const int64_t length = std::clamp(positions / (4 * at::get_num_threads()) / kLanes * kLanes, kLeastOfPiece, kMostOfPiece);
   std::vector<Piece> pieces;
-  std::vector<int64_t> first_piece;  // of each (request, head), and the end
+  std::vector<int64_t> first_piece;  // of each request, and the end
   for (int64_t request = 0; request < requests; ++request) {
-    const int64_t len = lens[request], first = window > 0 ? std::max<int64_t>(0, len - window) : 0;
-    const int64_t count = std::max<int64_t>(1, (len - first + kPiece / 2) / kPiece);
-    for (int64_t head = 0; head < kv_heads; ++head) {
-      first_piece.push_back(int64_t(pieces.size()));
-      for (int64_t i = 0; i < count; ++i)
-        pieces.push_back({request, head, first + (len - first) * i / count, first + (len - first) * (i + 1) / count});
-    }
+    first_piece.push_back(int64_t(pieces.size()));
+    int64_t first = first_of(request);
+    do {  // the last one may be half as long again
+      const int64_t left = lens[request] - first, last = left < length + length / 2 ? lens[request] : first + length;
+      pieces.push_back({request, first, last});
+      first = last;
+    } while (first < lens[request]);
   }
   first_piece.push_back(int64_t(pieces.size()));
 
-  constexpr int width = kPadded<D>;
-  const int64_t stride = group * (width + 2);  // per piece: acc [G, width], best [G], total [G]
+  const int64_t stride = heads * (width + 2);  // per piece: acc [H, width], best [H], total [H]
   std::vector<float> partial(pieces.size() * stride);
-  at::parallel_for(0, int64_t(pieces.size()), 4, [&](int64_t begin, int64_t end) {
-    std::vector<float> scaled(group * width);
+  at::parallel_for(0, int64_t(pieces.size()), 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> scaled(heads * width);
     for (int64_t i = begin; i < end; ++i) {
       const Piece& piece = pieces[i];
-      const T* const own = queries + piece.request * query.stride(0) + piece.head * group * D;
-      for (int64_t g = 0; g < group; ++g)
-        for (int j = 0; j < D; ++j) scaled[g * width + j] = widen(own[g * D + j]) * float(scale);
+      const T* const own = queries + piece.request * query.stride(0);
+      for (int64_t head = 0; head < heads; ++head)
+        for (int j = 0; j < D; ++j) scaled[head * width + j] = widen(own[head * D + j]) * float(scale);
       float* const acc = partial.data() + i * stride;
       attend_piece<T, D>(scaled.data(), keys, values, tables + piece.request * table_width, piece, kv_heads, block_size,
-                         group, acc, acc + group * width, acc + group * (width + 1));
+                         group, acc, acc + heads * width, acc + heads * (width + 1));
     }
   });
-  at::parallel_for(0, requests * kv_heads, grain(group * D), [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) {
-      for (int64_t g = 0; g < group; ++g) {
+  at::parallel_for(0, requests, grain(heads * D), [&](int64_t begin, int64_t end) {
+    for (int64_t request = begin; request < end; ++request) {
+      for (int64_t head = 0; head < heads; ++head) {
         float best = -std::numeric_limits<float>::infinity(), total = 0, sum[D] = {};
-        for (int64_t i = first_piece[item]; i < first_piece[item + 1]; ++i)
-          best = std::max(best, partial[i * stride + group * width + g]);
-        for (int64_t i = first_piece[item]; i < first_piece[item + 1]; ++i) {
+        for (int64_t i = first_piece[request]; i < first_piece[request + 1]; ++i)
+          best = std::max(best, partial[i * stride + heads * width + head]);
+        for (int64_t i = first_piece[request]; i < first_piece[request + 1]; ++i) {
           const float* const part = partial.data() + i * stride;
-          const float weight = part[group * (width + 1) + g] > 0 ? fast_exp(part[group * width + g] - best) : 0;
-          total += weight * part[group * (width + 1) + g];
-          for (int j = 0; j < D; ++j) sum[j] += weight * part[g * width + j];
+          const float own = part[heads * (width + 1) + head];
+          const float weight = own > 0 ? fast_exp(part[heads * width + head] - best) : 0;
+          total += weight * own;
+          for (int j = 0; j < D; ++j) sum[j] += weight * part[head * width + j];
         }
-        T* const to = outs + (item * group + g) * D;  // item = request * Hkv + head
+        T* const to = outs + (request * heads + head) * D;
         for (int j = 0; j < D; ++j) narrow(total > 0 ? sum[j] / total : 0, &to[j]);
       }
     }
