@@ -25,7 +25,7 @@ _INSTRUCTIONS = {
     "AVX2": ["-march=x86-64-v3"],
 }
 # Vector instructions for the loops that ask for them, and for rounding and square roots; nothing that changes results.
-_FLAGS = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
+_FLAGS = ["-std=c++20", "-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
 
 
 class CannotCompile(Exception):
