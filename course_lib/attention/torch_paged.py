@@ -100,13 +100,10 @@ class TorchPagedBackend:
         kernels = compiled_kernels() if device.type == "cpu" else None
         usable = kernels is not None and dtype in kernels.DTYPES and head_dim in kernels.HEAD_SIZES
         self._kernels = kernels if usable else None
+        self.fuses_rotary = usable
         self._heads = torch.arange(num_kv_heads, device=device)
         # Gathered keys and values; reused by every layer and step, grown when a group needs more.
         self._scratch = torch.empty(2, 0, dtype=dtype, device=device)
-
-    @property
-    def fuses_rotary(self) -> bool:
-        return self._kernels is not None
 
     def allocate_cache(self, num_layers: int, num_blocks: int) -> list[KVCache]:
         """One (keys, values) pair per layer, logical shape [NB, BS, Hkv, D], stored heads first."""

@@ -18,6 +18,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <string>
 #include <vector>
 
 namespace {
@@ -71,32 +72,45 @@ void for_dtype(const at::Tensor& tensor, const Work& work) {
   }
 }
 
+// Messages are put together without streams: those of this library and of torch's may be of different make.
+std::string text(at::ScalarType type) { return at::toString(type); }
+
+std::string text(at::IntArrayRef numbers) {
+  std::string joined = "[";
+  for (const int64_t number : numbers) joined += (joined.size() > 1 ? ", " : "") + std::to_string(number);
+  return joined + "]";
+}
+
 std::string described(const at::Tensor& tensor) {
-  return c10::str(tensor.scalar_type(), " ", tensor.sizes(), " with strides ", tensor.strides(), " on ", tensor.device());
+  return text(tensor.scalar_type()) + " " + text(tensor.sizes()) + " with strides " + text(tensor.strides()) +
+         (tensor.is_cpu() ? "" : ", not on the CPU");
 }
 
 // A contiguous CPU tensor of `dims` dimensions, the last of `last` numbers, of a dtype that we compute with.
-void check(const char* name, const at::Tensor& tensor, int64_t dims, int64_t last) {
+void check(const std::string& name, const at::Tensor& tensor, int64_t dims, int64_t last) {
   TORCH_CHECK_VALUE(tensor.dim() == dims && tensor.size(-1) == last && tensor.is_contiguous() && tensor.is_cpu() &&
                         (tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kBFloat16),
-                    name, ": wanted a contiguous CPU tensor of ", dims, " dimensions, the last ", last,
-                    ", float32 or bfloat16, not ", described(tensor));
+                    name + ": wanted a contiguous CPU tensor of " + std::to_string(dims) + " dimensions, the last " +
+                        std::to_string(last) + ", float32 or bfloat16, not " + described(tensor));
 }
 
-void check_like(const char* name, const at::Tensor& tensor, const char* other_name, const at::Tensor& other) {
-  TORCH_CHECK_VALUE(tensor.scalar_type() == other.scalar_type(), name, " is ", tensor.scalar_type(), " and ", other_name,
-                    " ", other.scalar_type(), ": wanted the same");
+void check_like(const std::string& name, const at::Tensor& tensor, const std::string& other_name,
+                const at::Tensor& other) {
+  TORCH_CHECK_VALUE(tensor.scalar_type() == other.scalar_type(), name + " is " + text(tensor.scalar_type()) + " and " +
+                                                                     other_name + " " + text(other.scalar_type()) +
+                                                                     ": wanted the same");
 }
 
-void check_indices(const char* name, const at::Tensor& tensor, at::ScalarType type, int64_t length) {
-  TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.size(0) == length && tensor.scalar_type() == type && tensor.is_cpu() &&
-                        tensor.is_contiguous(),
-                    name, ": wanted contiguous ", type, " [", length, "], not ", described(tensor));
+void check_indices(const std::string& name, const at::Tensor& tensor, at::ScalarType type, int64_t length) {
+  TORCH_CHECK_VALUE(
+      tensor.dim() == 1 && tensor.size(0) == length && tensor.scalar_type() == type && tensor.is_cpu() &&
+          tensor.is_contiguous(),
+      name + ": wanted contiguous " + text(type) + " [" + std::to_string(length) + "], not " + described(tensor));
 }
 
 // [NB, BS, Hkv, D], stored heads first -> [NB, Hkv, BS, D], as it lies in memory.
-at::Tensor stored(const char* name, const at::Tensor& cache) {
-  TORCH_CHECK_VALUE(cache.dim() == 4, name, ": wanted [NB, BS, Hkv, D], not ", described(cache));
+at::Tensor stored(const std::string& name, const at::Tensor& cache) {
+  TORCH_CHECK_VALUE(cache.dim() == 4, name + ": wanted [NB, BS, Hkv, D], not " + described(cache));
   at::Tensor as_it_lies = cache.transpose(1, 2);
   check(name, as_it_lies, 4, cache.size(3));
   return as_it_lies;
@@ -116,7 +130,7 @@ at::Tensor rms_norm(at::Tensor x, const at::Tensor& weight, double eps, const st
   if (residual) {
     check("residual", *residual, 2, x.size(1));
     check_like("residual", *residual, "x", x);
-    TORCH_CHECK_VALUE(residual->size(0) == x.size(0), "residual: wanted ", x.sizes(), ", not ", residual->sizes());
+    TORCH_CHECK_VALUE(residual->size(0) == x.size(0), "residual: wanted " + text(x.sizes()) + ", not " + text(residual->sizes()));
   }
   const int64_t size = x.size(1), rows = x.size(0);
   at::Tensor out = at::empty_like(x);
@@ -451,10 +465,10 @@ at::Tensor paged_attention_decode(const at::Tensor& query, const at::Tensor& k_c
   check_like("query", query, "k_cache", key_cache);
   TORCH_CHECK_VALUE(query.dim() == 3 && query.stride(2) == 1 && query.stride(1) == query.size(2) &&
                         query.size(2) == key_cache.size(3) && query.size(1) % key_cache.size(1) == 0,
-                    "query: wanted [B, H, D] with contiguous heads as the caches have them, not ", described(query));
+                    "query: wanted [B, H, D] with contiguous heads as the caches have them, not " + described(query));
   TORCH_CHECK_VALUE(block_table.dim() == 2 && block_table.size(0) == query.size(0) && block_table.stride(1) == 1 &&
                         block_table.scalar_type() == at::kInt,
-                    "block_table: wanted int32 [B, MB] with contiguous rows, not ", described(block_table));
+                    "block_table: wanted int32 [B, MB] with contiguous rows, not " + described(block_table));
   check_indices("seq_lens", seq_lens, at::kInt, query.size(0));
   at::Tensor out = at::empty(query.sizes(), query.options());
   bool compiled = false;
@@ -463,7 +477,7 @@ at::Tensor paged_attention_decode(const at::Tensor& query, const at::Tensor& k_c
                                               key_cache, value_cache, block_table, seq_lens, scale,
                                               sliding_window.value_or(0), out);
   });
-  TORCH_CHECK_VALUE(compiled, "query: heads of ", query.size(2), "; compiled are ", c10::IntArrayRef(head_sizes()));
+  TORCH_CHECK_VALUE(compiled, "query: heads of " + std::to_string(query.size(2)) + "; compiled are " + text(head_sizes()));
   return out;
 }
 
@@ -482,7 +496,7 @@ at::Tensor few_rows_linear(const at::Tensor& x, const at::Tensor& weight) {
   check("weight", weight, 2, weight.size(-1));
   check("x", x, 2, weight.size(1));
   TORCH_CHECK_VALUE(x.size(0) == 1 && x.scalar_type() == at::kFloat && weight.scalar_type() == at::kFloat,
-                    "x: wanted one row of float32 and a weight of float32, not ", described(x));
+                    "x: wanted one row of float32 and a weight of float32, not " + described(x));
   const int64_t outputs = weight.size(0), inputs = weight.size(1);
   at::Tensor out = at::empty({1, outputs}, x.options());
   const float* const in = x.const_data_ptr<float>();
