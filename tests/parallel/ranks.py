@@ -27,6 +27,8 @@ def run_ranks(
     store = dist.HashStore()
     results: list[T] = [None] * layout.world_size
     errors: list[BaseException] = []
+    # Whoever leaves while others are still connecting breaks their connections.
+    all_connected = threading.Barrier(layout.world_size, timeout=time_limit_s)
 
     def run(rank: int) -> None:
         try:
@@ -34,11 +36,15 @@ def run_ranks(
                 layout, rank, store, torch.device("cpu"), deal_experts=deal_experts, time_limit_s=time_limit_s
             )
             try:
+                all_connected.wait()
                 results[rank] = work(groups)
             finally:
                 groups.close()
+        except threading.BrokenBarrierError:  # because of another rank's error
+            pass
         except BaseException as error:  # reported by the test's thread
             errors.append(error)
+            all_connected.abort()
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(layout.world_size)]
     for thread in threads:
