@@ -17,19 +17,24 @@ VOCAB = 61
 MAX_MODEL_LEN = 64
 
 
-@pytest.fixture(scope="session")
-def tiny_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A two-layer Llama with grouped-query attention. Large initial weights spread its logits, so that
-    near-ties are rare."""
-    path = tmp_path_factory.mktemp("tiny-llama")
-    torch.manual_seed(0)
+def save_tiny_llama(path: Path, seed: int, **shape: int) -> Path:
+    """A random Llama of the given sizes. Large initial weights spread its logits, so that near-ties are rare."""
+    torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=6,
-        num_key_value_heads=2, max_position_embeddings=MAX_MODEL_LEN, initializer_range=0.4,
-        bos_token_id=1, eos_token_id=2,
+        vocab_size=VOCAB, max_position_embeddings=MAX_MODEL_LEN, initializer_range=0.4, bos_token_id=1, eos_token_id=2,
+        **shape,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers with grouped-query attention."""
+    return save_tiny_llama(
+        tmp_path_factory.mktemp("tiny-llama"), 0, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=6, num_key_value_heads=2,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")

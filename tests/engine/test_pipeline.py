@@ -14,15 +14,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from course_lib import LLM, AsyncLLM, EngineArgs, LLMEngine, SamplingParams
 from course_lib.config import EngineConfig
 from course_lib.engine import core as engine_core
 from course_lib.runner.model_runner import ModelRunner
-from tests.engine.conftest import MAX_MODEL_LEN, VOCAB
+from tests.engine.conftest import MAX_MODEL_LEN, save_tiny_llama
 from tests.engine.fake_pipeline import FakePipeline
-from tests.engine.test_schedules import PREFIXES, Planned, Schedule, compare, run, schedules
+from tests.engine.test_schedules import Schedule, compare, crowded, run, schedules
 from tests.oracle import Oracle
 
 NUM_SCHEDULES = int(os.environ.get("COURSE_SCHEDULES", "15"))
@@ -31,15 +30,10 @@ NUM_SCHEDULES = int(os.environ.get("COURSE_SCHEDULES", "15"))
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three layers, so that there can be a stage in the middle."""
-    path = tmp_path_factory.mktemp("three-layers")
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=MAX_MODEL_LEN, initializer_range=0.4,
-        bos_token_id=1, eos_token_id=2,
+    return save_tiny_llama(
+        tmp_path_factory.mktemp("three-layers"), 1, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -102,16 +96,7 @@ def test_schedules_really_preempt_with_steps_in_flight(
     model_path: Path, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The property above would be empty if only one step were ever in flight, or no cache ever filled."""
-    requests = [
-        Planned(0, None, PREFIXES[0][:20] + [i], {"max_tokens": 24, "min_tokens": 0, "stop_token_ids": [],
-                "temperature": 0.0}, 0, True)
-        for i in range(3, 8)
-    ]  # fmt: skip
-    engine = {
-        "block_size": 4, "num_gpu_blocks_override": 18, "max_num_seqs": 5, "max_num_batched_tokens": 30,
-        "enable_chunked_prefill": True, "enable_prefix_caching": True, "scheduling_policy": "fcfs",
-    }  # fmt: skip
-    schedule = Schedule(engine, requests)
+    schedule = crowded()
     made = use_pipeline(monkeypatch, depth=3)
     results, preemptions = run(model_path, schedule, pipeline_parallel_size=3)
     assert preemptions > 0 and made[0].most_in_flight == 3

@@ -205,6 +205,17 @@ def test_random_schedules_match_the_oracle(tiny_model_path: Path, oracle: Oracle
     compare(oracle, schedule, results)
 
 
+def crowded(*, plain_torch: bool = False, **params: object) -> Schedule:
+    """Five requests that share a prefix and outgrow the cache together."""
+    params = {"max_tokens": 24, "min_tokens": 0, "stop_token_ids": [], "temperature": 0.0, **params}
+    requests = [Planned(0, None, PREFIXES[0][:20] + [i], params, 0, ignore_eos=True) for i in range(3, 8)]
+    engine = {
+        "block_size": 4, "num_gpu_blocks_override": 18, "max_num_seqs": 5, "max_num_batched_tokens": 30,
+        "enable_chunked_prefill": True, "enable_prefix_caching": True, "scheduling_policy": "fcfs",
+    }  # fmt: skip
+    return Schedule(engine, requests, plain_torch)
+
+
 def test_schedules_really_preempt_and_really_share(
     tiny_model_path: Path, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,16 +224,7 @@ def test_schedules_really_preempt_and_really_share(
     monkeypatch.setattr(
         torch_paged.TorchPagedBackend, "_attend_behind_prefix", lambda *arguments: behind_prefix(*arguments)
     )
-    requests = [
-        Planned(0, None, PREFIXES[0][:20] + [i], {"max_tokens": 24, "min_tokens": 0, "stop_token_ids": [],
-                "temperature": 0.0}, 0, True)
-        for i in range(3, 8)
-    ]  # fmt: skip
-    engine = {
-        "block_size": 4, "num_gpu_blocks_override": 18, "max_num_seqs": 5, "max_num_batched_tokens": 30,
-        "enable_chunked_prefill": True, "enable_prefix_caching": True, "scheduling_policy": "fcfs",
-    }  # fmt: skip
-    schedule = Schedule(engine, requests, plain_torch=True)
+    schedule = crowded(plain_torch=True)
     results, preemptions = run(tiny_model_path, schedule)
     assert preemptions > 0 and (behind_prefix.called or DEVICE != "cpu")
     compare(oracle, schedule, results)

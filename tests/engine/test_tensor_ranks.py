@@ -11,15 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from course_lib.config import EngineConfig
 from course_lib.engine import core as engine_core
 from course_lib.parallel.layout import ParallelLayout
-from tests.engine.conftest import MAX_MODEL_LEN, VOCAB
-from tests.engine.test_schedules import PREFIXES, Planned, Schedule, compare, run, schedules
+from tests.engine.conftest import MAX_MODEL_LEN, save_tiny_llama
+from tests.engine.test_schedules import Schedule, compare, crowded, run, schedules
 from tests.engine.thread_ranks import RankThreads, ThreadedExecutor
 from tests.oracle import Oracle
 
@@ -39,15 +37,10 @@ def shape(request: pytest.FixtureRequest) -> tuple[ParallelLayout, int]:
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory: pytest.TempPathFactory, shape: tuple[ParallelLayout, int]) -> Path:
     """Two layers, and a vocabulary that no number of ranks divides."""
-    path = tmp_path_factory.mktemp("model")
-    torch.manual_seed(2)
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=48, intermediate_size=48, num_hidden_layers=2, num_attention_heads=6,
-        num_key_value_heads=shape[1], max_position_embeddings=MAX_MODEL_LEN, initializer_range=0.4,
-        bos_token_id=1, eos_token_id=2,
+    return save_tiny_llama(
+        tmp_path_factory.mktemp("model"), 2, hidden_size=48, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=6, num_key_value_heads=shape[1],
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -97,16 +90,7 @@ def test_random_schedules_match_the_oracle(
 
 def test_schedules_really_preempt(ranks: RankThreads, model_path: Path, oracle: Oracle) -> None:
     """The property above would be empty if no cache ever filled, or no stage ever had company."""
-    requests = [
-        Planned(0, None, PREFIXES[0][:20] + [i], {"max_tokens": 24, "min_tokens": 0, "stop_token_ids": [],
-                "temperature": 1.3, "seed": i}, 0, True)
-        for i in range(3, 8)
-    ]  # fmt: skip
-    engine = {
-        "block_size": 4, "num_gpu_blocks_override": 18, "max_num_seqs": 5, "max_num_batched_tokens": 30,
-        "enable_chunked_prefill": True, "enable_prefix_caching": True, "scheduling_policy": "fcfs",
-    }  # fmt: skip
-    schedule = Schedule(engine, requests)
+    schedule = crowded(temperature=1.3, seed=3)
     results, preemptions, in_flight = run_on(ranks, model_path, schedule)
     assert preemptions > 0 and in_flight == ranks.layout.pipeline
     compare(oracle, schedule, results)
