@@ -20,7 +20,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from course_lib.attention import torch_paged
+from course_lib.attention import torch_paged, torch_plan
 from course_lib.core.request import Request
 from course_lib.engine.core import EngineCore
 from course_lib.engine_args import EngineArgs
@@ -122,7 +122,7 @@ def run(path: Path, schedule: Schedule, **extra: object) -> tuple[dict[str, Resu
     """Drive an engine core through the schedule; returns results and how many preemptions there were."""
     args = EngineArgs(model=str(path), skip_tokenizer_init=True, device=DEVICE, dtype="float32", **schedule.engine, **extra)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_paged, "_WORTH_SHARING", SHARED_FROM)
+        patch.setattr(torch_plan, "_WORTH_SHARING", SHARED_FROM)
         if schedule.plain_torch:
             for module in (torch_paged, fused):
                 patch.setattr(module, "compiled_kernels", lambda: None)
