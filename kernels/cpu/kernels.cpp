@@ -304,9 +304,11 @@ constexpr int kPadded = (D + kLanes - 1) / kLanes* kLanes;
 
 // Sixteen positions (the first `count` of them count) for G query heads of one KV head: adds exp(score - best) * value
 // to acc, and exp(score - best) to total. query [G, kPadded], zeros behind D; acc [G, kPadded], best and total [G].
+// Along the way it asks memory for the sixteen positions at next_keys and next_values, a line at a time, since memory
+// cannot guess which block comes next, and takes no more requests than it has places for.
 template <typename T, int D, int G>
-inline void attend_chunk(const float* query, const T* keys, const T* values, int count, float* acc, float* best,
-                         float* total) {
+inline void attend_chunk(const float* query, const T* keys, const T* values, const T* next_keys, const T* next_values,
+                         int count, float* acc, float* best, float* total) {
   constexpr int width = kPadded<D>, vectors = width / kLanes, half = kLanes / 2;
   Floats products[G][kLanes];
   for (int first = 0; first < kLanes; first += half) {  // half of them at a time: what registers hold
@@ -316,6 +318,7 @@ inline void attend_chunk(const float* query, const T* keys, const T* values, int
       for (int g = 0; g < G; ++g) parts[g] = load(query + g * width + i * kLanes);
       for (int p = 0; p < half; ++p) {
         const Floats key = load_part<D>(keys + std::min(first + p, count - 1) * D, i * kLanes);
+        __builtin_prefetch(next_keys + (first + p) * D + i * kLanes);
         for (int g = 0; g < G; ++g) sums[g][p] += parts[g] * key;
       }
     }
@@ -343,6 +346,7 @@ inline void attend_chunk(const float* query, const T* keys, const T* values, int
   for (int p = 0; p < count; ++p) {
     for (int i = 0; i < vectors; ++i) {
       const Floats value = load_part<D>(values + p * D, i * kLanes);
+      __builtin_prefetch(next_values + p * D + i * kLanes);
       for (int g = 0; g < G; ++g) kept[g][i] += weights[g][p] * value;
     }
   }
@@ -362,13 +366,16 @@ void attend_piece(const float* query, const T* keys, const T* values, const int3
   for (int64_t start = piece.first; start < piece.last;) {
     const int64_t offset = start % block_size;
     const int count = int(std::min({block_size - offset, piece.last - start, int64_t(kLanes)}));
+    const int64_t next = start + count < piece.last ? start + count : start;
+    const int64_t next_place = (table[next / block_size] * kv_heads * block_size + next % block_size) * D;
     for (int64_t head = 0; head < heads;) {
       const int64_t place = ((table[start / block_size] * kv_heads + head / group) * block_size + offset) * D;
       const int64_t left = group - head % group;  // of those that share this KV head: three at a time fit the registers
       const auto attend = [&](auto together) {
         constexpr int G = decltype(together)::value;
-        attend_chunk<T, D, G>(query + head * width, keys + place, values + place, count, acc + head * width, best + head,
-                              total + head);
+        const int64_t ahead = next_place + head / group * block_size * D;
+        attend_chunk<T, D, G>(query + head * width, keys + place, values + place, keys + ahead, values + ahead, count,
+                              acc + head * width, best + head, total + head);
         head += G;
       };
       if (left >= 3) {
