@@ -498,20 +498,73 @@ inline float dot(const float* __restrict a, const float* __restrict b, int64_t s
   return sum;
 }
 
-// y = W x for one row, at the speed at which memory gives W. x [1, K], weight [N, K] -> [1, N], float32.
+// Rows of either factor that are multiplied together: what registers hold the sums of.
+#ifdef __AVX512F__
+constexpr int kTile = 4;
+#else
+constexpr int kTile = 2;
+#endif
+static_assert(kTile * kTile <= kLanes);
+
+// Sixteen numbers of a row from i on, zeros behind its end.
+inline Floats load_until(const float* row, int64_t i, int64_t size) {
+  float part[kLanes] = {};
+  std::memcpy(part, row + i, std::min<int64_t>(kLanes, size - i) * sizeof(float));
+  return load(part);
+}
+
+// products[w * kTile + r] = the product of rows w of `weights` and r of `xs`.
+inline void multiply_tile(const float* const (&weights)[kTile], const float* const (&xs)[kTile], int64_t size,
+                          const float* next, float* products) {
+  Floats sums[kLanes] = {};
+  const auto add = [&](const auto& load_from) {
+    Floats x[kTile];
+    for (int r = 0; r < kTile; ++r) x[r] = load_from(xs[r]);
+    for (int w = 0; w < kTile; ++w, next += kLanes) __builtin_prefetch(next);
+    for (int w = 0; w < kTile; ++w) {
+      const Floats weight = load_from(weights[w]);
+      for (int r = 0; r < kTile; ++r) sums[w * kTile + r] += weight * x[r];
+    }
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) add([i](const float* row) { return load(row + i); });
+  if (i < size) add([=](const float* row) { return load_until(row, i, size); });
+  store(sums_of_lanes(sums), products);
+}
+
+// x [T, K], weight [N, K] -> [T, N], float32.
 at::Tensor few_rows_linear(const at::Tensor& x, const at::Tensor& weight) {
   check("weight", weight, 2, weight.size(-1));
   check("x", x, 2, weight.size(1));
-  TORCH_CHECK_VALUE(x.size(0) == 1 && x.scalar_type() == at::kFloat && weight.scalar_type() == at::kFloat,
-                    "x: wanted one row of float32 and a weight of float32, not " + described(x));
-  const int64_t outputs = weight.size(0), inputs = weight.size(1);
-  at::Tensor out = at::empty({1, outputs}, x.options());
-  const float* const in = x.const_data_ptr<float>();
-  const float* const rows = weight.const_data_ptr<float>();
+  TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat && weight.scalar_type() == at::kFloat,
+                    "x: wanted rows of float32 and a weight of float32, not " + described(x));
+  const int64_t rows = x.size(0), outputs = weight.size(0), inputs = weight.size(1);
+  at::Tensor out = at::empty({rows, outputs}, x.options());
+  const float* const all_x = x.const_data_ptr<float>();
+  const float* const all_weights = weight.const_data_ptr<float>();
   float* const to = out.data_ptr<float>();
-  at::parallel_for(0, outputs, grain(inputs), [&](int64_t begin, int64_t end) {
-    // Not several rows at once: memory is faster with one stream at a time.
-    for (int64_t row = begin; row < end; ++row) to[row] = dot(rows + row * inputs, in, inputs);
+  if (rows == 1) {
+    at::parallel_for(0, outputs, grain(inputs), [&](int64_t begin, int64_t end) {
+      // Not several rows at once: memory is faster with one stream at a time.
+      for (int64_t row = begin; row < end; ++row) to[row] = dot(all_weights + row * inputs, all_x, inputs);
+    });
+    return out;
+  }
+  at::parallel_for(0, (outputs + kTile - 1) / kTile, grain(kTile * inputs), [&](int64_t begin, int64_t end) {
+    for (int64_t output = begin * kTile; output < std::min(end * kTile, outputs); output += kTile) {
+      for (int64_t row = 0; row < rows; row += kTile) {
+        const float *weights[kTile], *xs[kTile];
+        for (int i = 0; i < kTile; ++i) {  // at the end the last row stands in for those that are not there
+          weights[i] = all_weights + std::min(output + i, outputs - 1) * inputs;
+          xs[i] = all_x + std::min(row + i, rows - 1) * inputs;
+        }
+        float products[kLanes];
+        multiply_tile(weights, xs, inputs, all_weights + (output + kTile) * inputs, products);
+        for (int w = 0; w < std::min<int64_t>(kTile, outputs - output); ++w)
+          for (int r = 0; r < std::min<int64_t>(kTile, rows - row); ++r)
+            to[(row + r) * outputs + output + w] = products[w * kTile + r];
+      }
+    }
   });
   return out;
 }

@@ -112,9 +112,10 @@ def test_attention_over_random_batches(number: torch.dtype, trial: int) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("rows", [0, 1, 2, 4, 7, 130])
 @pytest.mark.parametrize(("inputs", "outputs"), [(576, 1536), (7, 5), (1, 1), (33, 4)])
-def test_a_row_times_a_matrix(inputs: int, outputs: int) -> None:
-    x, weight = torch.randn(1, inputs), torch.randn(outputs, inputs)
+def test_a_few_rows_times_a_matrix(rows: int, inputs: int, outputs: int) -> None:
+    x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)
     near(ops.few_rows_linear(x, weight) / inputs**0.5, reference.few_rows_linear(x.double(), weight.double()) / inputs**0.5)
 
 
@@ -126,7 +127,7 @@ def test_the_number_of_threads_changes_nothing() -> None:
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            found.append((ops.rms_norm(x, weight, 1e-5), ops.few_rows_linear(x[:1], x)))
+            found.append((ops.rms_norm(x, weight, 1e-5), ops.few_rows_linear(x[:1], x), ops.few_rows_linear(x[:9], x)))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(*pair) for other in found[1:] for pair in zip(found[0], other, strict=True))
@@ -147,7 +148,8 @@ def test_bad_arguments_are_named() -> None:
         r"query: .* \[2, 2, 4\]": lambda: ops.paged_attention_decode(query[..., :4], keys, values, table, lens, 1.0),
         r"block_table: wanted int32": lambda: ops.paged_attention_decode(query, keys, values, table.long(), lens, 1.0),
         r"seq_lens: .* \[2\], not Int \[1\]": lambda: ops.paged_attention_decode(query, keys, values, table, lens[:1], 1.0),
-        r"x: wanted one row": lambda: ops.few_rows_linear(x, torch.randn(3, 8)),
+        r"x: wanted rows of float32": lambda: ops.few_rows_linear(x.bfloat16(), torch.randn(3, 8)),
+        r"x: .* the last 9": lambda: ops.few_rows_linear(x, torch.randn(3, 9)),
     }  # fmt: skip
     for message, call in wrong.items():
         with pytest.raises(ValueError, match=message):
