@@ -185,6 +185,10 @@ at::Tensor silu_and_mul(const at::Tensor& gate_up) {
   return out;
 }
 
+constexpr int64_t kLine = 64;  // bytes that memory gives at once
+// So many tokens ahead memory is asked for the place of a token's key and value: each is somewhere else.
+constexpr int64_t kTokensAhead = 4;
+
 // qkv [T, (H + 2 Hkv) D]: queries and keys are rotated in place, keys and values written to their slots (none if -1).
 void rotary_and_cache(at::Tensor qkv, const at::Tensor& cos_sin, const at::Tensor& positions, const at::Tensor& k_cache,
                       const at::Tensor& v_cache, const at::Tensor& slots) {
@@ -206,9 +210,19 @@ void rotary_and_cache(at::Tensor qkv, const at::Tensor& cos_sin, const at::Tenso
     const T* const table = cos_sin.const_data_ptr<T>();
     T* const keys = key_cache.data_ptr<T>();
     T* const values = value_cache.data_ptr<T>();
+    // Where head 0 of a token's key and value belongs.
+    const auto place_of = [&](int64_t slot) { return (slot / block_size * kv_heads * block_size + slot % block_size) * dim; };
     at::parallel_for(0, tokens, grain(qkv.size(1)), [&](int64_t begin, int64_t end) {
       for (int64_t token = begin; token < end; ++token) {
         T* const own = all + token * qkv.size(1);
+        if (const int64_t next = token + kTokensAhead; next < end && slot_of[next] >= 0) {
+          for (int64_t head = 0; head < kv_heads; ++head) {
+            for (int64_t i = 0; i < dim; i += kLine / int64_t(sizeof(T))) {
+              __builtin_prefetch(keys + place_of(slot_of[next]) + head * block_size * dim + i, 1);
+              __builtin_prefetch(values + place_of(slot_of[next]) + head * block_size * dim + i, 1);
+            }
+          }
+        }
         const T* const __restrict cos = table + rows[token] * dim;
         const T* const __restrict sin = cos + half;
         for (int64_t head = 0; head < heads + kv_heads; ++head) {
@@ -222,10 +236,9 @@ void rotary_and_cache(at::Tensor qkv, const at::Tensor& cos_sin, const at::Tenso
           }
         }
         if (slot_of[token] < 0) continue;
-        const int64_t block = slot_of[token] / block_size, offset = slot_of[token] % block_size;
         const T* const new_keys = own + heads * dim;
         for (int64_t head = 0; head < kv_heads; ++head) {
-          const int64_t place = ((block * kv_heads + head) * block_size + offset) * dim;
+          const int64_t place = place_of(slot_of[token]) + head * block_size * dim;
           std::copy_n(new_keys + head * dim, dim, keys + place);
           std::copy_n(new_keys + (kv_heads + head) * dim, dim, values + place);
         }
@@ -302,6 +315,11 @@ constexpr int64_t kMostOfPiece = 256, kLeastOfPiece = 64;
 template <int D>
 constexpr int kPadded = (D + kLanes - 1) / kLanes* kLanes;
 
+// Row of the caches, seen as [rows, D], in which the first KV head's part of a position lies.
+inline int64_t row_of(const int32_t* table, int64_t position, int64_t kv_heads, int64_t block_size) {
+  return table[position / block_size] * kv_heads * block_size + position % block_size;
+}
+
 // Sixteen positions (the first `count` of them count) for G query heads of one KV head: adds exp(score - best) * value
 // to acc, and exp(score - best) to total. query [G, kPadded], zeros behind D; acc [G, kPadded], best and total [G].
 // Along the way it asks memory for the sixteen positions at next_keys and next_values, a line at a time, since memory
@@ -354,10 +372,11 @@ inline void attend_chunk(const float* query, const T* keys, const T* values, con
     for (int i = 0; i < vectors; ++i) store(kept[g][i], acc + g * width + i * kLanes);
 }
 
-// The chunks of a piece, for all heads. query, acc [H, kPadded], best and total [H].
+// The chunks of a piece, for all heads. query, acc [H, kPadded], best and total [H]. Work goes on at `row_after`.
 template <typename T, int D>
 void attend_piece(const float* query, const T* keys, const T* values, const int32_t* table, const Piece& piece,
-                  int64_t kv_heads, int64_t block_size, int64_t group, float* acc, float* best, float* total) {
+                  int64_t row_after, int64_t kv_heads, int64_t block_size, int64_t group, float* acc, float* best,
+                  float* total) {
   constexpr int width = kPadded<D>;
   const int64_t heads = kv_heads * group;
   std::fill_n(acc, heads * width, 0.0f);
@@ -366,14 +385,14 @@ void attend_piece(const float* query, const T* keys, const T* values, const int3
   for (int64_t start = piece.first; start < piece.last;) {
     const int64_t offset = start % block_size;
     const int count = int(std::min({block_size - offset, piece.last - start, int64_t(kLanes)}));
-    const int64_t next = start + count < piece.last ? start + count : start;
-    const int64_t next_place = (table[next / block_size] * kv_heads * block_size + next % block_size) * D;
+    const int64_t row = row_of(table, start, kv_heads, block_size);
+    const int64_t next_row = start + count < piece.last ? row_of(table, start + count, kv_heads, block_size) : row_after;
     for (int64_t head = 0; head < heads;) {
-      const int64_t place = ((table[start / block_size] * kv_heads + head / group) * block_size + offset) * D;
+      const int64_t place = (row + head / group * block_size) * D;
       const int64_t left = group - head % group;  // of those that share this KV head: three at a time fit the registers
       const auto attend = [&](auto together) {
         constexpr int G = decltype(together)::value;
-        const int64_t ahead = next_place + head / group * block_size * D;
+        const int64_t ahead = (next_row + head / group * block_size) * D;
         attend_chunk<T, D, G>(query + head * width, keys + place, values + place, keys + ahead, values + ahead, count,
                               acc + head * width, best + head, total + head);
         head += G;
@@ -430,9 +449,13 @@ void attend(const at::Tensor& query, const at::Tensor& key_cache, const at::Tens
       const T* const own = queries + piece.request * query.stride(0);
       for (int64_t head = 0; head < heads; ++head)
         for (int j = 0; j < D; ++j) scaled[head * width + j] = widen(own[head * D + j]) * float(scale);
+      const Piece& after = pieces[std::min(i + 1, end - 1)];
+      const int64_t row_after = after.first < after.last
+                                    ? row_of(tables + after.request * table_width, after.first, kv_heads, block_size)
+                                    : 0;
       float* const acc = partial.data() + i * stride;
-      attend_piece<T, D>(scaled.data(), keys, values, tables + piece.request * table_width, piece, kv_heads, block_size,
-                         group, acc, acc + heads * width, acc + heads * (width + 1));
+      attend_piece<T, D>(scaled.data(), keys, values, tables + piece.request * table_width, piece, row_after, kv_heads,
+                         block_size, group, acc, acc + heads * width, acc + heads * (width + 1));
     }
   });
   at::parallel_for(0, requests, grain(heads * D), [&](int64_t begin, int64_t end) {
