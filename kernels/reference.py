@@ -176,7 +176,7 @@ def rotary_and_cache(
 
 
 def few_rows_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [T, I] times the transpose of weight [O, I] -> [T, O]."""
+    """x [T, I] times the transpose of weight [O, I], which may be of a narrower dtype -> [T, O]."""
     compute_dtype = torch.promote_types(x.dtype, torch.float32)
     return (x.to(compute_dtype) @ weight.to(compute_dtype).T).to(x.dtype)
 

@@ -77,10 +77,10 @@ class TorchPagedBackend:
         sliding_window: int | None,
     ) -> torch.Tensor:
         plan: TorchPlan = metadata.plan
-        caches = [cache.transpose(1, 2) for cache in kv_cache]  # back to how they are stored
-        for cache, new in zip(caches, (key, value), strict=True):
-            cache.view(-1, self.head_dim).index_copy_(0, plan.write_rows, new.reshape(-1, self.head_dim))
-        return self._attend(query, key, value, caches, plan, scale, sliding_window)
+        for cache, new in zip(kv_cache, (key, value), strict=True):
+            rows = _as_stored(cache, self.head_dim)
+            rows.index_copy_(0, plan.write_rows, new.reshape(-1, self.head_dim))
+        return self._attend(query, key, value, kv_cache, plan, scale, sliding_window)
 
     def forward_rotary(
         self,
@@ -94,57 +94,56 @@ class TorchPagedBackend:
     ) -> torch.Tensor:
         """As `forward`, from unrotated qkv [T, (H + 2 * Hkv) * D] and the rotary table's rows `positions`."""
         self._kernels.rotary_and_cache(qkv, cos_sin, positions, *kv_cache, metadata.slot_mapping)
-        heads = qkv.view(len(qkv), -1, self.head_dim)
-        query, key, value = heads.tensor_split((-2 * self.num_kv_heads, -self.num_kv_heads), dim=1)
-        caches = [cache.transpose(1, 2) for cache in kv_cache]
-        return self._attend(query, key, value, caches, metadata.plan, scale, sliding_window)
+        num_tokens, width = qkv.shape
+        sizes = (width // self.head_dim - 2 * self.num_kv_heads, self.num_kv_heads, self.num_kv_heads)
+        query, key, value = qkv.view(num_tokens, -1, self.head_dim).split_with_sizes(sizes, dim=1)
+        return self._attend(query, key, value, kv_cache, metadata.plan, scale, sliding_window)
 
     def _attend(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        caches: list[torch.Tensor],
+        kv_cache: KVCache,
         plan: TorchPlan,
         scale: float,
         sliding_window: int | None,
     ) -> torch.Tensor:
         """query, key and value [T, heads, D], rotated; the last two are in the cache, too. -> [T, H, D]"""
         if len(plan.decode) == 1 and not plan.prefill:
-            return self._decode(query, caches, plan.decode[0], scale, sliding_window)
+            return self._decode(query, kv_cache, plan.decode[0], scale, sliding_window)
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         for group in plan.decode:
-            out[group.token_rows] = self._decode(query[group.token_rows], caches, group, scale, sliding_window)
+            out[group.token_rows] = self._decode(query[group.token_rows], kv_cache, group, scale, sliding_window)
         for request in plan.prefill:
             rows = slice(request.start, request.end)
-            out[rows] = self._prefill(query[rows], key[rows], value[rows], caches, request, scale, sliding_window)
+            out[rows] = self._prefill(query[rows], key[rows], value[rows], kv_cache, request, scale, sliding_window)
         return out
 
-    def _gather(self, caches: list[torch.Tensor], rows: torch.Tensor) -> list[torch.Tensor]:
+    def _gather(self, kv_cache: KVCache, rows: torch.Tensor) -> list[torch.Tensor]:
         """Collect (block, head) rows of keys and of values, each [rows, BS * D]."""
         width = self.block_size * self.head_dim
         if self._scratch.shape[1] < rows.numel() * width:
             self._scratch = torch.empty(2, rows.numel() * width, dtype=self.dtype, device=self.device)
         gathered = [half[: rows.numel() * width].view(-1, width) for half in self._scratch]
-        for cache, out in zip(caches, gathered, strict=True):
-            torch.index_select(cache.view(-1, width), 0, rows, out=out)
+        for cache, out in zip(kv_cache, gathered, strict=True):
+            torch.index_select(_as_stored(cache, width), 0, rows, out=out)
         return gathered
 
     def _decode(
         self,
         query: torch.Tensor,
-        caches: list[torch.Tensor],
+        kv_cache: KVCache,
         group: DecodeGroup,
         scale: float,
         sliding_window: int | None,
     ) -> torch.Tensor:
         """query [B, H, D] -> [B, H, D]."""
         if self._kernels is not None:
-            k_cache, v_cache = (cache.transpose(1, 2) for cache in caches)
             return self._kernels.paged_attention_decode(
-                query, k_cache, v_cache, group.block_table, group.seq_lens, scale, sliding_window=sliding_window
+                query, *kv_cache, group.block_table, group.seq_lens, scale, sliding_window=sliding_window
             )
-        gathered = self._gather(caches, group.gather.cache_rows)
+        gathered = self._gather(kv_cache, group.gather.cache_rows)
         attend = self._attend_behind_prefix if group.gather.prefix_len else self._attend_gathered
         return attend(query, gathered, group.gather, scale, sliding_window)
 
@@ -225,21 +224,21 @@ class TorchPagedBackend:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        caches: list[torch.Tensor],
+        kv_cache: KVCache,
         request: PrefillRequest,
         scale: float,
         sliding_window: int | None,
     ) -> torch.Tensor:
         """One request's new tokens: query [n, H, D] -> [n, H, D]."""
         if request.tokens is not None:
-            return self._decode(query, caches, request.tokens, scale, sliding_window)
+            return self._decode(query, kv_cache, request.tokens, scale, sliding_window)
         num_new, num_heads, head_dim = query.shape
         if request.cache_rows is None:
             key, value = key.transpose(0, 1), value.transpose(0, 1)
         else:
             key, value = (
                 t.view(self.num_kv_heads, -1, head_dim)[:, : request.seq_len]
-                for t in self._gather(caches, request.cache_rows)
+                for t in self._gather(kv_cache, request.cache_rows)
             )
         # Batch = KV heads, "heads" = the query heads of one KV head; K and V are expanded, not copied.
         query = query.view(num_new, self.num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
@@ -264,3 +263,8 @@ class TorchPagedBackend:
                     mask &= key_pos > query_pos - sliding_window
             request.masks[sliding_window] = mask
         return request.masks[sliding_window]
+
+
+def _as_stored(cache: torch.Tensor, width: int) -> torch.Tensor:
+    """Keys or values [NB, BS, Hkv, D] as rows of `width` numbers, in the order in which they lie in memory."""
+    return cache.transpose(1, 2).view(-1, width)

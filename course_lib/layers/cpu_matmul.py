@@ -59,7 +59,7 @@ def linear(
     few_rows: FewRowsWeight | None = None,
 ) -> torch.Tensor:
     """`x W^T + b`, weight packed or plain, `few_rows` its form for few rows. x [T, in] -> [T, out], contiguous."""
-    if few_rows is not None and 0 < x.shape[0] <= few_rows.most_rows:
+    if serves(few_rows, x):
         product = few_rows.multiply(x)
         return product if bias is None else product.add_(bias)
     if weight.is_mkldnn:
@@ -69,16 +69,20 @@ def linear(
     return F.linear(x, weight, bias)
 
 
+def serves(few_rows: FewRowsWeight | None, x: torch.Tensor) -> bool:
+    """Whether x [T, in] is to be multiplied with this form of a weight."""
+    return few_rows is not None and 0 < x.shape[0] <= few_rows.most_rows
+
+
 def is_few_rows(x: torch.Tensor) -> bool:
     """Whether `few_rows_linear` is the faster way for x [T, in]."""
-    on_mkl = x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkl.is_available()
-    return on_mkl and 0 < x.shape[0] <= _FEW_ROWS
+    return 0 < x.shape[0] <= _FEW_ROWS and x.is_cpu and x.dtype == torch.float32 and torch.backends.mkl.is_available()
 
 
 def few_rows_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`x W^T + b` for x [T, in] -> [T, out], contiguous or, without kernels of our own, a transposed view."""
     kernels = fused_kernels(x)
-    if kernels is not None and weight.is_contiguous() and len(x) <= _OWN_ROWS:
+    if kernels is not None and weight.is_contiguous() and x.shape[0] <= _OWN_ROWS:
         product = kernels.few_rows_linear(x, weight)
         return product if bias is None else product.add_(bias)
     if x.shape[0] == 1:

@@ -1,15 +1,18 @@
-"""A second form of a bfloat16 weight, for products of few rows on a CPU, which are bound by reading it.
+"""A second form of a weight, for products of few rows on a CPU, which are bound by reading it.
 
-The course model ships in 4 bits (GGUF's Q4_1: groups of 32 values on a grid of 16 points, `minimum + step * q`), and
-bfloat16 reads four times the bytes that carry its information. So where a weight lies on such a grid, that is found
-out when it is packed, `q` is read back, and products of few rows use torch's 4-bit kernel. Measured with two AVX-512
-cores, all products of the course model's decode step: 5 instead of 20 ms for 1 row, 8 instead of 21 for 4, 14 instead
-of 24 for 8; at 16 rows the kernel computes longer than it saves.
+float32 is what weights of a CPU's model are computed with, seldom what they are stored in. Where every value is a
+float16, as in the course model's file, few rows are multiplied with a float16 copy, which is half as long to read and
+gives the same result. Measured with two AVX-512 cores, all products of the course model's decode step: 6.9 instead of
+13.0 ms for 1 row, 8.3 instead of 14.9 for 4, 14.9 instead of 19.3 for 8; at 12 rows both compute equally long.
 
-The head is not in 4 bits in that file. For one row it has a float16 copy: torch's matrix-vector product reads float16
-at 20 to 30 GB/s here and bfloat16 at 8 to 12.
+bfloat16: the course model ships in 4 bits (GGUF's Q4_1: groups of 32 values on a grid of 16 points, `minimum + step *
+q`), and bfloat16 reads four times the bytes that carry its information. So where a weight lies on such a grid, that is
+found out when it is packed, `q` is read back, and products of few rows use torch's 4-bit kernel: 5 instead of 20 ms for
+1 row, 8 instead of 21 for 4, 14 instead of 24 for 8; at 16 rows the kernel computes longer than it saves. The head is
+not in 4 bits in that file. For one row it has a float16 copy: torch's matrix-vector product reads float16 at 20 to 30
+GB/s here and bfloat16 at 8 to 12.
 
-Invariant: this is no quantization. A 4-bit form is made only if the grid gives back every value to within bfloat16's
+Invariant: this is no quantization. A form is made only if it gives back every value, the 4-bit one to within bfloat16's
 own rounding; other weights have none. vLLM reads Q4_1 with kernels of its own (`csrc/quantization/gguf`).
 """
 
@@ -18,6 +21,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
+from kernels.cpu import compiled_kernels
 
 GROUP = 32  # values along the input dimension that share a grid; that of GGUF's formats
 _LEVELS = 16
@@ -51,7 +56,37 @@ class HalfWeight:
         return torch.mv(self.matrix, x[0].half())[None].to(x.dtype)
 
 
-FewRowsWeight = FourBitWeight | HalfWeight
+@dataclass(frozen=True)
+class StoredHalfWeight:
+    """A float32 weight [out, in] all of whose values are float16 numbers, as such."""
+
+    most_rows = 8
+    matrix: torch.Tensor
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """x float32 [T, in], contiguous, T <= most_rows -> float32 [T, out]."""
+        return compiled_kernels().few_rows_linear(x, self.matrix)
+
+
+FewRowsWeight = FourBitWeight | HalfWeight | StoredHalfWeight
+
+
+def few_rows_form(weight: torch.Tensor) -> FewRowsWeight | None:
+    """The form of a weight [out, in] on a CPU that lies on a coarser grid than its dtype's, if it does."""
+    return four_bit_form(weight) or stored_half_form(weight)
+
+
+def stored_half_form(weight: torch.Tensor) -> StoredHalfWeight | None:
+    """weight float32 [out, in] on a CPU -> its float16 form; None if that is not exact, or there is no kernel for it."""
+    if weight.dtype != torch.float32 or compiled_kernels() is None:
+        return None
+    matrix = torch.empty(weight.shape, dtype=torch.float16)
+    rows = max(1, _VALUES_AT_A_TIME // weight.shape[1])
+    for part, half in zip(weight.detach().split(rows), matrix.split(rows), strict=True):
+        wide = half.copy_(part).float()
+        if not torch.equal(wide, part) or not wide.sum().isfinite():  # so many float16 numbers do not overflow
+            return None
+    return StoredHalfWeight(matrix)
 
 
 def half_form(weight: torch.Tensor) -> HalfWeight | None:

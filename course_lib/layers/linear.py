@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from course_lib.layers.cpu_matmul import few_rows_linear, is_few_rows, linear
+from course_lib.layers.cpu_matmul import few_rows_linear, is_few_rows, linear, serves
 from course_lib.layers.few_rows_weight import FewRowsWeight
 from course_lib.layers.fused import linear_kernels
 from course_lib.layers.weights import FusedModule, ShardedModule, WeightSlot, as_slice, stacked_rows
@@ -190,6 +190,6 @@ class GateUpLinear(MergedLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The result may be a transposed view: what follows, silu(gate) * up, works in either layout."""
-        if is_few_rows(x) and not self.weight.is_mkldnn:
+        if is_few_rows(x) and not serves(self.few_rows, x) and not self.weight.is_mkldnn:
             return few_rows_linear(x, self.weight, self.bias)
         return super().forward(x)

@@ -21,7 +21,7 @@ from course_lib.errors import CorruptModelError, UnsupportedModelError
 from course_lib.layers.cpu_matmul import can_pack, linear, pack
 from course_lib.layers.embedding import TokenEmbedding
 from course_lib.layers.experts import Experts
-from course_lib.layers.few_rows_weight import FewRowsWeight, four_bit_form, half_form
+from course_lib.layers.few_rows_weight import FewRowsWeight, few_rows_form, half_form
 from course_lib.layers.linear import Linear
 from course_lib.layers.weights import CheckpointTensor, WeightSlot, checkpoint_slots, names_elsewhere
 from course_lib.parallel.group import ParallelGroups
@@ -91,20 +91,24 @@ class CausalLM(nn.Module):
     def pack_weights(self) -> None:
         """Lay the weights of all matrix products out for this CPU; does nothing where that is not possible.
 
-        A tied head gets a packed copy of the table, whose plain rows the embedding still looks up.
+        Packed or not, they get their forms for few rows. A tied head gets a packed copy of the table, whose plain rows
+        the embedding still looks up.
         """
         weight = next(self.parameters())
-        if not can_pack(weight.dtype, weight.device):
+        packs = can_pack(weight.dtype, weight.device)
+        if not packs and not (weight.is_cpu and weight.dtype == torch.float32):
             return
         if self.parallel.is_last_stage and TIED_HEAD not in self.slots:
             table = self.embedding_weight()
-            self.packed_head = pack(table)
-            self.few_rows_head = four_bit_form(table) or half_form(table)
-        self.__dict__.pop("slots", None)  # they would keep every plain weight alive beside its packed one
+            self.few_rows_head = few_rows_form(table) or half_form(table)
+            self.packed_head = pack(table) if packs else None
+        if packs:
+            self.__dict__.pop("slots", None)  # they would keep every plain weight alive beside its packed one
         for module in self._linears():
-            module.few_rows = four_bit_form(module.weight)
-            module.weight = nn.Parameter(pack(module.weight), requires_grad=False)
-        for experts in self._experts():
+            module.few_rows = few_rows_form(module.weight)
+            if packs:
+                module.weight = nn.Parameter(pack(module.weight), requires_grad=False)
+        for experts in self._experts() if packs else ():
             experts.pack()
 
     def unpack_weights(self) -> None:
@@ -141,7 +145,9 @@ class CausalLM(nn.Module):
         stored copy of the tied head. CorruptModelError for an unknown, repeated or misshapen tensor;
         UnsupportedModelError for one that is not float.
         """
-        was_packed = self.packed_head is not None or any(module.weight.is_mkldnn for module in self._linears())
+        was_packed = self.few_rows_head is not None or any(
+            module.weight.is_mkldnn or module.few_rows is not None for module in self._linears()
+        )
         if was_packed:
             self.unpack_weights()
         filled: set[str] = set()

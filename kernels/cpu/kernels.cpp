@@ -34,6 +34,13 @@ inline float widen(c10::BFloat16 x) {
   return wide;
 }
 
+inline float widen(c10::Half x) {  // of a finite one: its exponent begins at 2^-15, a float's at 2^-127
+  const uint32_t bits = uint32_t(int32_t(int16_t(x.x)) << 13) & 0x8fffe000;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide * 0x1p112f;
+}
+
 inline void narrow(float x, float* to) { *to = x; }
 
 inline void narrow(float x, c10::BFloat16* to) {  // to the nearest, ties to even; NaN stays NaN
@@ -255,6 +262,7 @@ typedef float Floats __attribute__((vector_size(kLanes * sizeof(float))));
 typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
 typedef uint32_t Bits __attribute__((vector_size(kLanes * sizeof(uint32_t))));
 typedef uint16_t HalfBits __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+typedef int16_t SignedHalfBits __attribute__((vector_size(kLanes * sizeof(int16_t))));
 
 inline Floats load(const float* from) {
   Floats loaded;
@@ -262,13 +270,22 @@ inline Floats load(const float* from) {
   return loaded;
 }
 
+inline Floats as_floats(Bits bits) {
+  Floats floats;
+  std::memcpy(&floats, &bits, sizeof floats);
+  return floats;
+}
+
 inline Floats load(const c10::BFloat16* from) {
   HalfBits half;
   std::memcpy(&half, from, sizeof half);
-  const Bits wide = __builtin_convertvector(half, Bits) << 16;
-  Floats loaded;
-  std::memcpy(&loaded, &wide, sizeof loaded);
-  return loaded;
+  return as_floats(__builtin_convertvector(half, Bits) << 16);
+}
+
+inline Floats load(const c10::Half* from) {  // finite ones: see `widen`
+  SignedHalfBits half;
+  std::memcpy(&half, from, sizeof half);
+  return as_floats(Bits(__builtin_convertvector(half, Ints) << 13) & 0x8fffe000) * 0x1p112f;
 }
 
 inline void store(Floats vector, float* to) { std::memcpy(to, &vector, sizeof vector); }
@@ -514,10 +531,11 @@ at::Tensor paged_attention_decode(const at::Tensor& query, const at::Tensor& k_c
 // ---- products --------------------------------------------------------------------------------------------------
 
 // A function of its own: of pointers that a lambda has captured the compiler makes no vector instructions.
-inline float dot(const float* __restrict a, const float* __restrict b, int64_t size) {
+template <typename W>
+inline float dot(const W* __restrict weights, const float* __restrict x, int64_t size) {
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < size; ++i) sum += a[i] * b[i];
+  for (int64_t i = 0; i < size; ++i) sum += widen(weights[i]) * x[i];
   return sum;
 }
 
@@ -530,15 +548,17 @@ constexpr int kTile = 2;
 static_assert(kTile * kTile <= kLanes);
 
 // Sixteen numbers of a row from i on, zeros behind its end.
-inline Floats load_until(const float* row, int64_t i, int64_t size) {
-  float part[kLanes] = {};
-  std::memcpy(part, row + i, std::min<int64_t>(kLanes, size - i) * sizeof(float));
+template <typename T>
+inline Floats load_until(const T* row, int64_t i, int64_t size) {
+  T part[kLanes] = {};
+  std::memcpy(part, row + i, std::min<int64_t>(kLanes, size - i) * sizeof(T));
   return load(part);
 }
 
 // products[w * kTile + r] = the product of rows w of `weights` and r of `xs`.
-inline void multiply_tile(const float* const (&weights)[kTile], const float* const (&xs)[kTile], int64_t size,
-                          const float* next, float* products) {
+template <typename W>
+inline void multiply_tile(const W* const (&weights)[kTile], const float* const (&xs)[kTile], int64_t size,
+                          const W* next, float* products) {
   Floats sums[kLanes] = {};
   const auto add = [&](const auto& load_from) {
     Floats x[kTile];
@@ -550,45 +570,57 @@ inline void multiply_tile(const float* const (&weights)[kTile], const float* con
     }
   };
   int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) add([i](const float* row) { return load(row + i); });
-  if (i < size) add([=](const float* row) { return load_until(row, i, size); });
+  for (; i + kLanes <= size; i += kLanes) add([i](const auto* row) { return load(row + i); });
+  if (i < size) add([=](const auto* row) { return load_until(row, i, size); });
   store(sums_of_lanes(sums), products);
 }
 
-// x [T, K], weight [N, K] -> [T, N], float32.
-at::Tensor few_rows_linear(const at::Tensor& x, const at::Tensor& weight) {
-  check("weight", weight, 2, weight.size(-1));
-  check("x", x, 2, weight.size(1));
-  TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat && weight.scalar_type() == at::kFloat,
-                    "x: wanted rows of float32 and a weight of float32, not " + described(x));
-  const int64_t rows = x.size(0), outputs = weight.size(0), inputs = weight.size(1);
-  at::Tensor out = at::empty({rows, outputs}, x.options());
-  const float* const all_x = x.const_data_ptr<float>();
-  const float* const all_weights = weight.const_data_ptr<float>();
-  float* const to = out.data_ptr<float>();
+template <typename W>
+void multiply_rows(const float* x, const W* weight, float* to, int64_t rows, int64_t inputs, int64_t outputs) {
   if (rows == 1) {
     at::parallel_for(0, outputs, grain(inputs), [&](int64_t begin, int64_t end) {
       // Not several rows at once: memory is faster with one stream at a time.
-      for (int64_t row = begin; row < end; ++row) to[row] = dot(all_weights + row * inputs, all_x, inputs);
+      for (int64_t row = begin; row < end; ++row) to[row] = dot(weight + row * inputs, x, inputs);
     });
-    return out;
+    return;
   }
   at::parallel_for(0, (outputs + kTile - 1) / kTile, grain(kTile * inputs), [&](int64_t begin, int64_t end) {
     for (int64_t output = begin * kTile; output < std::min(end * kTile, outputs); output += kTile) {
       for (int64_t row = 0; row < rows; row += kTile) {
-        const float *weights[kTile], *xs[kTile];
+        const W* weights[kTile];
+        const float* xs[kTile];
         for (int i = 0; i < kTile; ++i) {  // at the end the last row stands in for those that are not there
-          weights[i] = all_weights + std::min(output + i, outputs - 1) * inputs;
-          xs[i] = all_x + std::min(row + i, rows - 1) * inputs;
+          weights[i] = weight + std::min(output + i, outputs - 1) * inputs;
+          xs[i] = x + std::min(row + i, rows - 1) * inputs;
         }
         float products[kLanes];
-        multiply_tile(weights, xs, inputs, all_weights + (output + kTile) * inputs, products);
+        multiply_tile(weights, xs, inputs, weight + (output + kTile) * inputs, products);
         for (int w = 0; w < std::min<int64_t>(kTile, outputs - output); ++w)
           for (int r = 0; r < std::min<int64_t>(kTile, rows - row); ++r)
             to[(row + r) * outputs + output + w] = products[w * kTile + r];
       }
     }
   });
+}
+
+// x [T, K] float32, weight [N, K] float32 or finite float16 -> [T, N] float32, as if the weight had been float32.
+at::Tensor few_rows_linear(const at::Tensor& x, const at::Tensor& weight) {
+  check("x", x, 2, weight.size(-1));
+  TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat, "x: wanted rows of float32, not " + described(x));
+  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.is_contiguous() && weight.is_cpu() &&
+                        (weight.scalar_type() == at::kFloat || weight.scalar_type() == at::kHalf),
+                    "weight: wanted a contiguous CPU matrix of float32 or float16, not " + described(weight));
+  at::Tensor out = at::empty({x.size(0), weight.size(0)}, x.options());
+  const auto multiply = [&](auto type) {
+    using W = decltype(type);
+    multiply_rows(x.const_data_ptr<float>(), weight.const_data_ptr<W>(), out.data_ptr<float>(), x.size(0), x.size(1),
+                  weight.size(0));
+  };
+  if (weight.scalar_type() == at::kFloat) {
+    multiply(float{});
+  } else {
+    multiply(c10::Half{});
+  }
   return out;
 }
 

@@ -5,7 +5,8 @@
 * rotary_and_cache, paged_attention_decode: the caches are stored heads first;
 * paged_attention_decode: head sizes are HEAD_SIZES, rows of the query may be parts of longer ones; of the options
   there is `sliding_window`;
-* few_rows_linear: float32; how many rows are few, `layers/cpu_matmul.py` says.
+* few_rows_linear: x is float32, the weight float32 or finite float16; how many rows are few, `layers/cpu_matmul.py`
+  says.
 
 Arguments that are not so raise ValueError. They are compiled once per machine (`kernels.cpu.build`); importing this
 module loads what was compiled, and fails with the remedy if nothing was. They are what remains when torch's own

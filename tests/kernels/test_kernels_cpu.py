@@ -117,6 +117,8 @@ def test_attention_over_random_batches(number: torch.dtype, trial: int) -> None:
 def test_a_few_rows_times_a_matrix(rows: int, inputs: int, outputs: int) -> None:
     x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)
     near(ops.few_rows_linear(x, weight) / inputs**0.5, reference.few_rows_linear(x.double(), weight.double()) / inputs**0.5)
+    half = weight.half()
+    near(ops.few_rows_linear(x, half) / inputs**0.5, reference.few_rows_linear(x.double(), half.double()) / inputs**0.5)
 
 
 @needs_kernels
@@ -149,6 +151,7 @@ def test_bad_arguments_are_named() -> None:
         r"block_table: wanted int32": lambda: ops.paged_attention_decode(query, keys, values, table.long(), lens, 1.0),
         r"seq_lens: .* \[2\], not Int \[1\]": lambda: ops.paged_attention_decode(query, keys, values, table, lens[:1], 1.0),
         r"x: wanted rows of float32": lambda: ops.few_rows_linear(x.bfloat16(), torch.randn(3, 8)),
+        r"weight: .* float16, not BFloat16": lambda: ops.few_rows_linear(x, torch.randn(3, 8).bfloat16()),
         r"x: .* the last 9": lambda: ops.few_rows_linear(x, torch.randn(3, 9)),
     }  # fmt: skip
     for message, call in wrong.items():

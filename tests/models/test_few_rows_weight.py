@@ -9,8 +9,16 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from course_lib.layers.cpu_matmul import can_pack, linear
-from course_lib.layers.few_rows_weight import FourBitWeight, HalfWeight, four_bit_form, half_form
+from course_lib.layers.few_rows_weight import (
+    FourBitWeight,
+    HalfWeight,
+    StoredHalfWeight,
+    four_bit_form,
+    half_form,
+    stored_half_form,
+)
 from course_lib.models.loader import load_model, read_tensors
+from kernels.cpu import compiled_kernels
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(
@@ -73,6 +81,54 @@ def test_a_half_copy_serves_one_row() -> None:
     exact = (x.double() @ weight.double().T).bfloat16()
     torch.testing.assert_close(form.multiply(x), exact, atol=1e-2, rtol=1e-2)
     assert half_form(weight * 1e6) is None and half_form(weight.float()) is None
+
+
+needs_kernels = pytest.mark.skipif(compiled_kernels() is None, reason="the CPU kernels are not compiled")
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_float16_values_in_float32_are_multiplied_as_such(rows: int) -> None:
+    weight, x = torch.randn(50, 36).half().float(), torch.randn(rows, 36)
+    weight[0, :4] = torch.tensor([0, 2.0**-24, -(2.0**-15), 65504])  # zero, the smallest, one without exponent, the largest
+    form = stored_half_form(weight)
+    assert form is not None and torch.equal(form.matrix.float(), weight)
+    torch.testing.assert_close(form.multiply(x), (x.double() @ weight.double().T).float())
+
+
+@needs_kernels
+@pytest.mark.parametrize("value", [1 + 2.0**-11, 65536.0, float("inf"), 2.0**-25])
+def test_one_value_that_is_no_float16_is_enough_to_refuse(value: float) -> None:
+    weight = torch.zeros(300, 1000)
+    weight[290, 7] = value
+    assert stored_half_form(weight) is None and stored_half_form(torch.zeros(3, 4).bfloat16()) is None
+
+
+@needs_kernels
+def test_a_float32_model_has_the_form_and_makes_it_again_for_new_weights(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=80, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    source = LlamaForCausalLM(config).half().float()
+    odd = source.model.layers[0].mlp.down_proj.weight
+    odd.data[0, 0] = 1 / 3
+    source.save_pretrained(tmp_path)
+    model = load_model(tmp_path, config, torch.float32, CPU)
+    hidden = torch.randn(3, 64)
+    plain_logits, mlp = model.compute_logits(hidden), model.model.layers[0].mlp
+    plain = mlp(hidden)
+    model.pack_weights()
+    assert isinstance(model.few_rows_head, StoredHalfWeight) and isinstance(mlp.gate_up_proj.few_rows, StoredHalfWeight)
+    assert mlp.down_proj.few_rows is None
+    torch.testing.assert_close(model.compute_logits(hidden), plain_logits)
+    torch.testing.assert_close(mlp(hidden), plain)
+    model.load_weights((name, tensor[()] * 0) for name, tensor in read_tensors(tmp_path / "model.safetensors"))
+    assert not model.compute_logits(hidden).any() and not mlp.gate_up_proj(hidden).any()
+    assert isinstance(mlp.gate_up_proj.few_rows, StoredHalfWeight)
+    model.unpack_weights()
+    assert mlp.gate_up_proj.few_rows is None and model.few_rows_head is None
 
 
 def test_the_form_is_used_up_to_its_most_rows() -> None:
