@@ -1785,13 +1785,11 @@ def _(query, key_cache, value_cache, block_table, seq_lens, scale):
 
 @attend.adapt
 def _(answer, original):
-    def _decode(self, query, caches, group, scale, sliding_window):
-        """The backend keeps its caches heads first."""
+    def _decode(self, query, kv_cache, group, scale, sliding_window):
         if sliding_window is not None:
-            return original(self, query, caches, group, scale, sliding_window)
+            return original(self, query, kv_cache, group, scale, sliding_window)
         width = -(-int(group.seq_lens.max()) // self.block_size)
-        keys, values = (cache.transpose(1, 2) for cache in caches)
-        return answer(query, keys, values, group.block_table[:, :width], group.seq_lens, scale)
+        return answer(query, *kv_cache, group.block_table[:, :width], group.seq_lens, scale)
 
     return _decode
 

@@ -1263,13 +1263,12 @@ def _(query, key, value, key_cache, value_cache, table, start, scale):
 
 @chunk.adapt
 def _(answer, original):
-    def _prefill(self, query, key, value, caches, request, scale, sliding_window):
+    def _prefill(self, query, key, value, kv_cache, request, scale, sliding_window):
         """Where something was computed before, there is a table. The backend has written already: again does no harm."""
         if request.cache_rows is None or sliding_window is not None:
-            return original(self, query, key, value, caches, request, scale, sliding_window)
+            return original(self, query, key, value, kv_cache, request, scale, sliding_window)
         table = request.cache_rows.view(self.num_kv_heads, -1)[0] // self.num_kv_heads
-        keys, values = (cache.transpose(1, 2) for cache in caches)
-        return answer(query, key, value, keys, values, table, request.seq_len - len(query), scale)
+        return answer(query, key, value, *kv_cache, table, request.seq_len - len(query), scale)
 
     return _prefill
 
