@@ -64,8 +64,8 @@ class StoredHalfWeight:
     matrix: torch.Tensor
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        """x float32 [T, in], contiguous, T <= most_rows -> float32 [T, out]."""
-        return compiled_kernels().few_rows_linear(x, self.matrix)
+        """x float32 [T, in], T <= most_rows -> float32 [T, out]."""
+        return compiled_kernels().few_rows_linear(x.contiguous(), self.matrix)
 
 
 FewRowsWeight = FourBitWeight | HalfWeight | StoredHalfWeight

@@ -94,6 +94,7 @@ def test_float16_values_in_float32_are_multiplied_as_such(rows: int) -> None:
     form = stored_half_form(weight)
     assert form is not None and torch.equal(form.matrix.float(), weight)
     torch.testing.assert_close(form.multiply(x), (x.double() @ weight.double().T).float())
+    assert torch.equal(form.multiply(x.t().contiguous().t()), form.multiply(x))
 
 
 @needs_kernels
