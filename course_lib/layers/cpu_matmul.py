@@ -57,36 +57,37 @@ def linear(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     few_rows: FewRowsWeight | None = None,
+    *,
+    either_layout: bool = False,
 ) -> torch.Tensor:
-    """`x W^T + b`, weight packed or plain, `few_rows` its form for few rows. x [T, in] -> [T, out], contiguous."""
-    if serves(few_rows, x):
+    """`x W^T + b`, weight packed or plain, `few_rows` its form for few rows. x [T, in] -> [T, out].
+
+    Contiguous, or with `either_layout` perhaps a transposed view, where that saves a copy.
+    """
+    if few_rows is not None and 0 < x.shape[0] <= few_rows.most_rows:
         product = few_rows.multiply(x)
         return product if bias is None else product.add_(bias)
     if weight.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    if is_few_rows(x):
-        return few_rows_linear(x, weight, bias).contiguous()
+    if _is_few_rows(x):
+        product = _few_rows_linear(x, weight, bias)
+        return product if either_layout else product.contiguous()
     return F.linear(x, weight, bias)
 
 
-def serves(few_rows: FewRowsWeight | None, x: torch.Tensor) -> bool:
-    """Whether x [T, in] is to be multiplied with this form of a weight."""
-    return few_rows is not None and 0 < x.shape[0] <= few_rows.most_rows
-
-
-def is_few_rows(x: torch.Tensor) -> bool:
-    """Whether `few_rows_linear` is the faster way for x [T, in]."""
+def _is_few_rows(x: torch.Tensor) -> bool:
+    """Whether `_few_rows_linear` is the faster way for x [T, in]."""
     return 0 < x.shape[0] <= _FEW_ROWS and x.is_cpu and x.dtype == torch.float32 and torch.backends.mkl.is_available()
 
 
-def few_rows_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def _few_rows_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`x W^T + b` for x [T, in] -> [T, out], contiguous or, without kernels of our own, a transposed view."""
     kernels = fused_kernels(x)
     if kernels is not None and weight.is_contiguous() and x.shape[0] <= _OWN_ROWS:
         product = kernels.few_rows_linear(x, weight)
         return product if bias is None else product.add_(bias)
     if x.shape[0] == 1:
-        return few_rows_linear(torch.cat((x, x)), weight, bias)[:1]
+        return _few_rows_linear(torch.cat((x, x)), weight, bias)[:1]
     if bias is None:
         return torch.mm(weight, x.t()).t()
     return torch.addmm(bias[:, None], weight, x.t()).t()

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from course_lib.layers.activation import silu_and_mul
-from course_lib.layers.cpu_matmul import few_rows_linear, is_few_rows, linear, pack
+from course_lib.layers.cpu_matmul import linear, pack
 from course_lib.layers.few_rows_weight import FewRowsWeight, four_bit_form
 from course_lib.layers.fused import gpu_kernels
 from course_lib.layers.linear import frozen
@@ -151,5 +151,5 @@ class Experts(FusedModule):
             gate_up, down = self.packed[index]
             inner = silu_and_mul(linear(x, gate_up.weight, few_rows=gate_up.few_rows))
             return linear(inner, down.weight, few_rows=down.few_rows)
-        multiply = few_rows_linear if is_few_rows(x) else linear  # the activation takes either layout
-        return linear(silu_and_mul(multiply(x, self.gate_up[index])), self.down[index])
+        gate_up = linear(x, self.gate_up[index], either_layout=True)  # which the activation takes
+        return linear(silu_and_mul(gate_up), self.down[index])

@@ -2,8 +2,8 @@
 
 float32 is what weights of a CPU's model are computed with, seldom what they are stored in. Where every value is a
 float16, as in the course model's file, few rows are multiplied with a float16 copy, which is half as long to read and
-gives the same result. Measured with two AVX-512 cores, all products of the course model's decode step: 6.9 instead of
-13.0 ms for 1 row, 8.3 instead of 14.9 for 4, 14.9 instead of 19.3 for 8; at 12 rows both compute equally long.
+gives the same result. Measured with two AVX-512 cores, all products of the course model's layers: 6.9 instead of 13.0
+ms for 1 row, 8.3 instead of 14.9 for 4, 14.9 instead of 19.3 for 8; at 12 rows both compute equally long.
 
 bfloat16: the course model ships in 4 bits (GGUF's Q4_1: groups of 32 values on a grid of 16 points, `minimum + step *
 q`), and bfloat16 reads four times the bytes that carry its information. So where a weight lies on such a grid, that is

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from course_lib.layers.cpu_matmul import few_rows_linear, is_few_rows, linear, serves
+from course_lib.layers.cpu_matmul import linear
 from course_lib.layers.few_rows_weight import FewRowsWeight
 from course_lib.layers.fused import linear_kernels
 from course_lib.layers.weights import FusedModule, ShardedModule, WeightSlot, as_slice, stacked_rows
@@ -55,12 +55,12 @@ class Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.product(x, self.bias)
 
-    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """`x W^T + bias` by the fastest kernel for x [T, in] -> [T, out], a new tensor."""
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None, *, either_layout: bool = False) -> torch.Tensor:
+        """`x W^T + bias` by the fastest kernel for x [T, in] -> [T, out], a new tensor; `either_layout`: see `linear`."""
         kernels = linear_kernels(x, self.weight) if bias is None else None
         if kernels is not None:
             return kernels.few_rows_linear(x, self.weight)
-        return linear(x, self.weight, bias, self.few_rows)
+        return linear(x, self.weight, bias, self.few_rows, either_layout=either_layout)
 
 
 class RowParallelLinear(Linear, ShardedModule):
@@ -190,6 +190,4 @@ class GateUpLinear(MergedLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The result may be a transposed view: what follows, silu(gate) * up, works in either layout."""
-        if is_few_rows(x) and not serves(self.few_rows, x) and not self.weight.is_mkldnn:
-            return few_rows_linear(x, self.weight, self.bias)
-        return super().forward(x)
+        return self.product(x, self.bias, either_layout=True)

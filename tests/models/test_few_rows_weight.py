@@ -36,6 +36,16 @@ def on_a_grid(outputs: int, inputs: int, seed: int = 0) -> torch.Tensor:
     return (q * step.half() + low.half()).half().view(outputs, inputs).bfloat16()
 
 
+def tiny_llama() -> LlamaForCausalLM:
+    torch.manual_seed(1)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=80, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+            num_key_value_heads=2, tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("rows", [1, 5, 8])
 def test_a_weight_on_a_grid_is_multiplied_in_four_bits(rows: int) -> None:
     weight = on_a_grid(48, 96)
@@ -107,16 +117,11 @@ def test_one_value_that_is_no_float16_is_enough_to_refuse(value: float) -> None:
 
 @needs_kernels
 def test_a_float32_model_has_the_form_and_makes_it_again_for_new_weights(tmp_path: Path) -> None:
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=80, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True,
-    )  # fmt: skip
-    source = LlamaForCausalLM(config).half().float()
+    source = tiny_llama().half().float()
     odd = source.model.layers[0].mlp.down_proj.weight
     odd.data[0, 0] = 1 / 3
     source.save_pretrained(tmp_path)
-    model = load_model(tmp_path, config, torch.float32, CPU)
+    model = load_model(tmp_path, source.config, torch.float32, CPU)
     hidden = torch.randn(3, 64)
     plain_logits, mlp = model.compute_logits(hidden), model.model.layers[0].mlp
     plain = mlp(hidden)
@@ -144,16 +149,11 @@ def test_the_form_is_used_up_to_its_most_rows() -> None:
 
 @pytest.mark.skipif(not can_pack(torch.bfloat16, CPU), reason="oneDNN packs nothing on this processor")
 def test_a_model_makes_the_forms_when_packed_and_again_for_new_weights(tmp_path: Path) -> None:
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=80, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True,
-    )  # fmt: skip
-    source = LlamaForCausalLM(config)
+    source = tiny_llama()
     down = source.model.layers[0].mlp.down_proj.weight
     down.data = on_a_grid(64, 96).to(down)
     source.save_pretrained(tmp_path)
-    model = load_model(tmp_path, config, torch.bfloat16, CPU)
+    model = load_model(tmp_path, source.config, torch.bfloat16, CPU)
     hidden = torch.randn(3, 64).bfloat16()
     plain_logits = model.compute_logits(hidden[:1])
     model.pack_weights()
