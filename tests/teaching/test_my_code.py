@@ -27,7 +27,7 @@ from course_lib.teaching.learner.session import current_session
 from tests.teaching.tiny_lesson import Notebook
 
 DRAW = "course_lib.sampling.draw:draw"
-CALLED = "Of the engine's parts that you can replace, this run called "
+CALLED = "Of the parts you can replace, this run called "
 
 
 def everything() -> dict[str, Any]:

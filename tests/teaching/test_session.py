@@ -31,7 +31,7 @@ def test_the_way_from_the_stub_to_a_pass(notebook: Notebook, said) -> None:
     check("01.1")
     assert said() == (
         "01.1 · not done yet\n"
-        'The cell with @exercise("01.1") has not run yet: run it first, then come back to this one.\n'
+        'The cell with @exercise("01.1") has not run yet: run it first, then come back here.\n'
     )
     notebook.answer("01.1", STUB)
     check("01.1")
@@ -66,8 +66,8 @@ def test_the_solution_opens_after_three_failures(notebook: Notebook, said) -> No
         check("01.1")
     solution("01.1")
     assert said().endswith(
-        "The solution opens when you pass, or after 1 more failed check. You may also read it now:"
-        ' solution("01.1", anyway=True)\n'
+        "The solution opens when you pass, or after 1 more failed check. You may also read it now:\n"
+        'solution("01.1", anyway=True)\n'
     )
     check("01.1")
     assert said().endswith('solution("01.1") is open now.\n')
@@ -97,8 +97,7 @@ def test_a_cell_that_raised(notebook: Notebook, said) -> None:
     check("01.1")
     assert said() == (
         "01.1 · not done yet\n"
-        'The cell with @exercise("01.1") raised an error: mend it, run it again,'
-        " then come back to this one.\n"
+        'The cell with @exercise("01.1") raised an error: mend it, run it again, then come back here.\n'
     )
     notebook.answer("01.1", RIGHT)
     notebook.answer("01.1", "return probs.argmax(dim=-1")
@@ -114,8 +113,8 @@ def test_an_answer_that_cannot_leave_the_notebook_passes_and_is_told(notebook: N
     check("01.1")
     assert said() == (
         "01.1 · passed\nAll 4 cases are right.\n"
-        "It cannot serve in the engine yet: your code uses `live` (Live), which exists in this notebook only:"
-        " make it an argument, or define it in the exercise's cell.\n"
+        "It cannot serve in the engine yet: your code uses `live` (Live), which exists in this notebook\n"
+        "only: make it an argument, or define it in the exercise's cell.\n"
         "look: [1]\n"
     )
     assert current_session().store.read().of("01.1").passed

@@ -194,7 +194,7 @@ def _badge(served: list[Served]) -> str:
                   if one.is_yours and one.exercise_id not in names)
     width = max((len(target) for _, target, _ in yours), default=0)
     shares = f"{len(called)}: your code ran in {len(yours)}, the course's in {len(called) - len(yours)}"
-    lines = [f"Of the engine's parts that you can replace, this run called {shares if called else 'none'}."]
+    lines = [f"Of the parts you can replace, this run called {shares if called else 'none'}."]
     lines += [
         f"  {name}  {target:<{width}}  {count:,} call{'s' * (count > 1)}" for name, target, count in yours
     ]

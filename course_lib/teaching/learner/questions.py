@@ -12,6 +12,7 @@ from typing import Any
 
 from course_lib.errors import CourseError
 from course_lib.teaching.checking.exercise_file import Choice, Question
+from course_lib.teaching.learner.saying import say
 from course_lib.teaching.learner.session import current_session, find_file, told
 
 
@@ -24,7 +25,7 @@ def predict(question_id: str, choice: str | None = None) -> None:
 
         display(_bundle(question, current_session().store.read().questions.get(question_id)), raw=True)
     else:
-        print(_record(question, str(choice).strip().upper()))
+        say(_record(question, str(choice).strip().upper()))
 
 
 @told
@@ -35,11 +36,11 @@ def reveal(question_id: str) -> None:
     predicted = current_session().store.read().questions.get(question_id)
     [(letter, right)] = [(letter, choice) for letter, choice in choices.items() if choice.right]
     if predicted == letter:
-        print(f"You predicted {letter} ({right.text}), and so it is. {right.why}")
+        say(f"You predicted {letter} ({right.text}), and so it is. {right.why}")
         return
     if predicted in choices:
-        print(f"You predicted {predicted} ({choices[predicted].text}). {choices[predicted].why}")
-    print(f"The answer is {letter} ({right.text}). {right.why}")
+        say(f"You predicted {predicted} ({choices[predicted].text}). {choices[predicted].why}")
+    say(f"The answer is {letter} ({right.text}). {right.why}")
 
 
 def _find(question_id: str) -> Question:

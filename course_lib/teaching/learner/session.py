@@ -24,6 +24,7 @@ from course_lib.teaching.checking.trial import TookTooLong, attempt, put_back_bu
 from course_lib.teaching.learner.answers import answer_path, capture, cells_run, run_answer, store_answer
 from course_lib.teaching.learner.home import write_home
 from course_lib.teaching.learner.progress import FAILURES_TO_UNLOCK, ExerciseProgress, ProgressStore
+from course_lib.teaching.learner.saying import say
 from course_lib.teaching.learner.workspace import work_folder
 from course_lib.teaching.lessons.lesson_source import is_stub, solution_of, stub_of
 
@@ -86,7 +87,7 @@ def told(function: Callable[..., None]) -> Callable[..., None]:
         try:
             function(*args, **kwargs)
         except CourseError as error:
-            print(error)
+            say(str(error))
 
     return telling
 
@@ -123,27 +124,27 @@ def check(exercise_id: str) -> None:
     lesson, known = find_exercise(exercise_id)
     session = current_session()
     if known.obstacle:
-        print(Verdict("unavailable", exercise_id, known.obstacle).text())
+        say(Verdict("unavailable", exercise_id, known.obstacle).text())
         _record(session, lambda store: store.record_verdict(exercise_id, "unavailable"))
         return
     registered = session.registered.get(exercise_id)
     last_run = _last_run(exercise_id)
     if registered is None:
         story = "raised an error: mend it, run it again" if last_run else "has not run yet: run it first"
-        message = f'The cell with @exercise("{exercise_id}") {story}, then come back to this one.'
-        print(Verdict("not done", exercise_id, message).text())
+        message = f'The cell with @exercise("{exercise_id}") {story}, then come back here.'
+        say(Verdict("not done", exercise_id, message).text())
         return
     if is_stub(registered.cell, stub_of(lesson, exercise_id)):
         message = (
             "Write the missing part in the exercise's cell, run that cell, then run this one again. "
             f'For a nudge: hint("{exercise_id}")'
         )
-        print(Verdict("not done", exercise_id, message).text())
+        say(Verdict("not done", exercise_id, message).text())
         return
     verdict = judge(known, registered.answer)
-    print(verdict.text())
+    say(verdict.text())
     if last_run is not None and last_run.strip() != registered.cell.strip():
-        print("The exercise's cell raised an error when it last ran: this is about the version before.")
+        say("The exercise's cell raised an error when it last ran: this is about the version before.")
     if verdict.kind == "not done":
         return
     progress = _record(
@@ -153,9 +154,9 @@ def check(exercise_id: str) -> None:
         _keep(session, known, registered)
         _look(known, registered)
     elif progress.is_unlocked:
-        print(f'solution("{exercise_id}") is open now.')
+        say(f'solution("{exercise_id}") is open now.')
     else:
-        print(f'hint("{exercise_id}") helps in three steps.')
+        say(f'hint("{exercise_id}") helps in three steps.')
 
 
 @told
@@ -165,7 +166,7 @@ def hint(exercise_id: str) -> None:
     most = len(known.hints)
     given = current_session().store.record_hint(exercise_id, most).hints
     for number, text in enumerate(known.hints[:given], 1):
-        print(f"Hint {number}/{most}: {text}")
+        say(f"Hint {number}/{most}: {text}")
 
 
 @told
@@ -175,7 +176,7 @@ def solution(exercise_id: str, anyway: bool = False) -> None:
     store = current_session().store
     if not anyway and not (progress := store.read().of(exercise_id)).is_unlocked:
         left = FAILURES_TO_UNLOCK - progress.failures
-        print(
+        say(
             f"The solution opens when you pass, or after {left} more failed check{'s' * (left > 1)}."
             f' You may also read it now: solution("{exercise_id}", anyway=True)'
         )
@@ -201,7 +202,7 @@ def course_llm(**engine_kwargs: Any) -> LLM:
 
 def _put_back_builtins() -> None:
     if replaced := put_back_builtins():
-        print(f"Your notebook had replaced Python's {', '.join(replaced)}: put back.")
+        say(f"Your notebook had replaced Python's {', '.join(replaced)}: put back.")
 
 
 def _last_run(exercise_id: str) -> str | None:
@@ -216,7 +217,7 @@ def _record(session: Session, change: Callable[[ProgressStore], ExerciseProgress
         write_home(session.store.work, session.store)
         return progress
     except (CourseError, OSError) as error:
-        print(f"This attempt is not recorded: {error}")
+        say(f"This attempt is not recorded: {error}")
         return ExerciseProgress()
 
 
@@ -231,7 +232,7 @@ def _keep(session: Session, known: Exercise, registered: Registered) -> None:
             raise CourseError(f"outside this notebook the same code does not pass: {verdict.message}")
         store_answer(session.store.work, known.id, text)
     except CourseError as error:
-        print(f"It cannot serve in the engine yet: {error}")
+        say(f"It cannot serve in the engine yet: {error}")
 
 
 def _look(known: Exercise, registered: Registered) -> None:
@@ -241,14 +242,15 @@ def _look(known: Exercise, registered: Registered) -> None:
     try:
         engine = [course_llm()] if len(inspect.signature(look).parameters) == 2 else []
     except Exception as error:
-        print(f"There is no look at it inside the engine ({describe_error(error)}).")
+        say(f"There is no look at it inside the engine ({describe_error(error)}).")
         return
     looking = functools.partial(look, registered.answer, *engine)
     outcome = attempt(looking, (), {}, LOOK_SECONDS, apart=registered.namespace)
-    print(outcome.output + "…\n" * (outcome.printed > len(outcome.output)), end="")
+    if outcome.printed:
+        say(outcome.output + "…" * (outcome.printed > len(outcome.output)))
     if outcome.apart:
-        print(f"Note: here your code printed {outcome.apart:,} characters, which a check does not show.")
+        say(f"Note: here your code printed {outcome.apart:,} characters, which a check does not show.")
     if isinstance(outcome.error, TookTooLong):
-        print(f"A look at it inside the engine was stopped after {LOOK_SECONDS} seconds.")
+        say(f"A look at it inside the engine was stopped after {LOOK_SECONDS} seconds.")
     elif outcome.error:
-        print(f"A look at it inside the engine ended with {describe_error(outcome.error)}")
+        say(f"A look at it inside the engine ended with {describe_error(outcome.error)}")
