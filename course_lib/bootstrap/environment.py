@@ -83,7 +83,7 @@ def _stamp() -> dict[str, str]:
     pins = REQUIREMENTS.read_bytes() + b"\0" + CONSTRAINTS.read_bytes()
     return {
         "requirements": hashlib.sha256(pins).hexdigest(),
-        "kernels": hashlib.sha256(CPU_KERNELS.read_bytes()).hexdigest(),
+        "kernels": hashlib.sha256(b"\0".join(path.read_bytes() for path in sorted(CPU_KERNELS.glob("*.cpp")))).hexdigest(),
         "root": str(REPO_ROOT),
     }
 

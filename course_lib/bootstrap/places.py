@@ -13,7 +13,7 @@ from pathlib import Path
 REPO_ROOT = Path(__file__).resolve().parents[2]
 REQUIREMENTS = REPO_ROOT / "requirements.txt"
 CONSTRAINTS = REPO_ROOT / "constraints.txt"
-CPU_KERNELS = REPO_ROOT / "kernels" / "cpu" / "kernels.cpp"
+CPU_KERNELS = REPO_ROOT / "kernels" / "cpu"
 
 
 def venv_folder() -> Path | None:

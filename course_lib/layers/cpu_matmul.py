@@ -7,11 +7,14 @@ rows, MKL serves, whose product of a few rows with a large matrix is slow: two r
 with the factors exchanged, sixty-four rows 1.3 to 1.5 times. So there y = x W^T is computed as y^T = W x^T, and one row
 as two equal ones. Measured on an AVX-512 machine.
 
-Reduced precision goes to oneDNN, which multiplies by blocked tiles of the weight. Given a plain matrix it must
-gather those tiles on every call; given a weight packed once, at load time, it streams. A packed weight is an opaque
-tensor (`is_mkldnn`) of the same shape; it replaces the plain one, so memory stays the same; products of a few rows
-have a form of their own (`few_rows_weight`). Where oneDNN has no packed
-form for a dtype (float16 without AVX512-FP16, other processors), weights stay as they are.
+Reduced precision multiplies by tiles of the weight. Given a plain matrix, a product must gather those tiles on every
+call; given a weight packed once, at load time, it streams. bfloat16 has a layout and a product of our own where the
+processor multiplies pairs of them (AVX512-BF16): all products of the course model took 8.3 ms for 8 rows, 11.9 for 16,
+21.9 for 32, 41 for 64 and 325 for 512, where oneDNN's took 14.7, 18.8, 29.1, 54.6 and 348; that is 32 GB/s for few
+rows and 423 of 426 GFLOP/s for many. Elsewhere oneDNN packs and multiplies, and where it has no packed form for a dtype
+(float16 without AVX512-FP16, other processors), weights stay as they are. A packed weight is an opaque tensor of the
+same shape; it replaces the plain one, so memory stays the same. Products of a few rows have forms of their own
+(`few_rows_weight`).
 
 float32 is not packed: oneDNN adds up long rows in fewer partial sums than MKL. Logits of the course model then differ
 from transformers' by up to 2.3e-4 instead of 7e-5, and float32 is here to be exact.
@@ -25,8 +28,10 @@ import torch
 import torch.nn.functional as F
 
 from course_lib.layers.few_rows_weight import FewRowsWeight
-from course_lib.layers.fused import fused_kernels
+from course_lib.layers.fused import fused_kernels, packing_kernels
+from kernels.cpu import compiled_kernels
 
+PACKED_DTYPE = torch.uint16  # of weights in our own layout, which nothing else may compute with
 # The batch size oneDNN tunes the layout for. Layouts for 64 and 256 rows were the fastest at every size measured
 # from 1 to 1,024 rows; the one for a single row was slower even for a single row.
 _ROWS = 64
@@ -38,7 +43,7 @@ _OWN_ROWS = 64
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether packed products of `dtype` are wanted and work here; found out by trying a tiny one."""
-    if device.type != "cpu" or dtype == torch.float32 or not torch.backends.mkldnn.is_available():
+    if device.type != "cpu" or dtype == torch.float32:
         return False
     try:
         weight = pack(torch.eye(16, dtype=dtype))
@@ -48,8 +53,24 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
-    """weight [out, in] -> the same values in oneDNN's layout, opaque; `.to_dense()` undoes it."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
+    """weight [out, in] -> the same values in the layout of the fastest product, opaque, [out, in]; `unpack` undoes it."""
+    weight = weight.detach()
+    kernels = packing_kernels(weight)
+    if kernels is not None:
+        return kernels.pack_weight(weight.contiguous())
+    return torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
+
+
+def is_packed(weight: torch.Tensor) -> bool:
+    """Whether `pack` made it."""
+    return weight.dtype == PACKED_DTYPE or weight.is_mkldnn
+
+
+def unpack(weight: torch.Tensor) -> torch.Tensor:
+    """The plain weight of a packed one; a plain one as it is."""
+    if weight.dtype == PACKED_DTYPE:
+        return compiled_kernels().unpack_weight(weight)
+    return weight.to_dense() if weight.is_mkldnn else weight
 
 
 def linear(
@@ -67,6 +88,8 @@ def linear(
     if few_rows is not None and 0 < x.shape[0] <= few_rows.most_rows:
         product = few_rows.multiply(x)
         return product if bias is None else product.add_(bias)
+    if weight.dtype == PACKED_DTYPE:
+        return compiled_kernels().packed_linear(x.contiguous(), weight, bias)
     if weight.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     if _is_few_rows(x):

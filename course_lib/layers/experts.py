@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from course_lib.layers.activation import silu_and_mul
-from course_lib.layers.cpu_matmul import linear, pack
+from course_lib.layers.cpu_matmul import linear, pack, unpack
 from course_lib.layers.few_rows_weight import FewRowsWeight, four_bit_form
 from course_lib.layers.fused import gpu_kernels
 from course_lib.layers.linear import frozen
@@ -114,7 +114,7 @@ class Experts(FusedModule):
         if self.packed:
             gate_ups, downs = zip(*self.packed, strict=True)
             self.gate_up, self.down = (
-                nn.Parameter(torch.stack([matrix.weight.to_dense() for matrix in matrices]), requires_grad=False)
+                nn.Parameter(torch.stack([unpack(matrix.weight) for matrix in matrices]), requires_grad=False)
                 for matrices in (gate_ups, downs)
             )
             self.packed = []

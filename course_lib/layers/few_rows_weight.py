@@ -7,10 +7,10 @@ ms for 1 row, 8.3 instead of 14.9 for 4, 14.9 instead of 19.3 for 8; at 12 rows 
 
 bfloat16: the course model ships in 4 bits (GGUF's Q4_1: groups of 32 values on a grid of 16 points, `minimum + step *
 q`), and bfloat16 reads four times the bytes that carry its information. So where a weight lies on such a grid, that is
-found out when it is packed, `q` is read back, and products of few rows use torch's 4-bit kernel: 5 instead of 20 ms for
-1 row, 8 instead of 21 for 4, 14 instead of 24 for 8; at 16 rows the kernel computes longer than it saves. The head is
-not in 4 bits in that file. For one row it has a float16 copy: torch's matrix-vector product reads float16 at 20 to 30
-GB/s here and bfloat16 at 8 to 12.
+found out when it is packed, `q` is read back, and products of few rows use torch's 4-bit kernel: 4 ms for 1 row, 6.4
+for 4 and 11 for 8, where our own packed product (`cpu_matmul`) takes 7 for any of these and oneDNN's 12 to 13. The head
+is not in 4 bits in that file. Where oneDNN multiplies, it has a float16 copy for one row: torch's matrix-vector product
+reads float16 at 20 to 30 GB/s here and bfloat16 at 8 to 12.
 
 Invariant: this is no quantization. A form is made only if it gives back every value, the 4-bit one to within bfloat16's
 own rounding; other weights have none. vLLM reads Q4_1 with kernels of its own (`csrc/quantization/gguf`).
@@ -22,12 +22,14 @@ from dataclasses import dataclass
 
 import torch
 
+from course_lib.layers.fused import packing_kernels
 from kernels.cpu import compiled_kernels
 
 GROUP = 32  # values along the input dimension that share a grid; that of GGUF's formats
 _LEVELS = 16
 _OUTPUTS_MULTIPLE = 16  # of output features, which the kernel computes in tiles
 _ROUNDING = 2.0**-7  # a value and its grid are rounded to bfloat16 once each: 2^-8 of the largest, twice
+_MOST_ROWS_BESIDE_OWN_PRODUCT, _MOST_ROWS_BESIDE_ONEDNN = 4, 8  # from there on they are faster than 4 bits
 _VALUES_AT_A_TIME = 1 << 18  # looked at together: what fits a core's cache
 
 
@@ -35,9 +37,9 @@ _VALUES_AT_A_TIME = 1 << 18  # looked at together: what fits a core's cache
 class FourBitWeight:
     """A weight [out, in] as torch's 4-bit kernel reads it (ATen: `int4mm_kernel.cpp`)."""
 
-    most_rows = 8
     nibbles: torch.Tensor  # uint8, opaque: two values a byte
     grids: torch.Tensor  # bfloat16 [in / GROUP, out, 2]: step, and the value of q = 8
+    most_rows: int
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """x bfloat16 [T, in], T <= most_rows -> [T, out]."""
@@ -91,7 +93,7 @@ def stored_half_form(weight: torch.Tensor) -> StoredHalfWeight | None:
 
 def half_form(weight: torch.Tensor) -> HalfWeight | None:
     """weight bfloat16 [out, in] on a CPU -> its float16 form; None if it would overflow, or save nothing."""
-    if not _has_fast_kernels() or weight.dtype != torch.bfloat16:
+    if not _has_fast_kernels() or weight.dtype != torch.bfloat16 or packing_kernels(weight) is not None:
         return None
     matrix = weight.detach().half()
     return HalfWeight(matrix) if matrix.isfinite().all() else None
@@ -110,7 +112,9 @@ def four_bit_form(weight: torch.Tensor) -> FourBitWeight | None:
         parts.append(part)
     q, step, middle = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     grids = torch.stack((step, middle), dim=-1).transpose(0, 1).contiguous()
-    return FourBitWeight(torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1), grids)
+    nibbles = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
+    beside_own = packing_kernels(weight) is not None
+    return FourBitWeight(nibbles, grids, _MOST_ROWS_BESIDE_OWN_PRODUCT if beside_own else _MOST_ROWS_BESIDE_ONEDNN)
 
 
 def _has_fast_kernels() -> bool:

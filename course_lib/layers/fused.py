@@ -31,6 +31,14 @@ def gpu_kernels(x: torch.Tensor) -> ModuleType | None:
     return _triton() if x.is_cuda and x.dtype in _GPU_DTYPES else None
 
 
+def packing_kernels(weight: torch.Tensor) -> ModuleType | None:
+    """`kernels.cpu.ops` if it has a product for this weight [out, in], packed."""
+    if weight.dtype != torch.bfloat16 or not weight.is_cpu or weight.shape[1] % 2:
+        return None
+    kernels = compiled_kernels()
+    return kernels if kernels is not None and kernels.MULTIPLIES_BFLOAT16 else None
+
+
 def linear_kernels(x: torch.Tensor, weight: torch.Tensor) -> ModuleType | None:
     """`kernels.triton` if its product of a few rows is the fastest for x W^T: one to four rows, a matrix that is
     neither long in its rows nor a language-model head, 16-bit numbers."""

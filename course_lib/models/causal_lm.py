@@ -18,7 +18,7 @@ from torch import nn
 from course_lib.attention.layer import Attention
 from course_lib.attention.metadata import AttentionMetadata
 from course_lib.errors import CorruptModelError, UnsupportedModelError
-from course_lib.layers.cpu_matmul import can_pack, linear, pack
+from course_lib.layers.cpu_matmul import can_pack, is_packed, linear, pack, unpack
 from course_lib.layers.embedding import TokenEmbedding
 from course_lib.layers.experts import Experts
 from course_lib.layers.few_rows_weight import FewRowsWeight, few_rows_form, half_form
@@ -114,8 +114,8 @@ class CausalLM(nn.Module):
     def unpack_weights(self) -> None:
         """Undo `pack_weights`, so that weights can be read as matrices or replaced."""
         for module in self._linears():
-            if module.weight.is_mkldnn:
-                module.weight = nn.Parameter(module.weight.to_dense(), requires_grad=False)
+            if is_packed(module.weight):
+                module.weight = nn.Parameter(unpack(module.weight), requires_grad=False)
             module.few_rows = None
         for experts in self._experts():
             experts.unpack()
@@ -146,7 +146,7 @@ class CausalLM(nn.Module):
         UnsupportedModelError for one that is not float.
         """
         was_packed = self.few_rows_head is not None or any(
-            module.weight.is_mkldnn or module.few_rows is not None for module in self._linears()
+            is_packed(module.weight) or module.few_rows is not None for module in self._linears()
         )
         if was_packed:
             self.unpack_weights()

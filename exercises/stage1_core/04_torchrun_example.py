@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from course_lib.layers.cpu_matmul import unpack
 from course_lib.teaching.checking.exercise_file import Case, Choice, Exercise, Question
 from course_lib.teaching.recording.turns import OutOfStepError, in_turns
 
@@ -422,18 +423,13 @@ def _(x, gate_up, down, bias, group):
     return group.all_reduce(y if bias is None or group.rank else y + bias)
 
 
-def _dense(weight: torch.Tensor) -> torch.Tensor:
-    """A weight as a matrix; the engine packs those of a CPU."""
-    return weight.to_dense() if weight.is_mkldnn else weight
-
-
 @mlp.adapt
 def _(answer, original):
     def forward(module, hidden):
         gate_up, down = module.gate_up_proj, module.down_proj
         if gate_up.bias is not None:  # no model of the course
             return original(module, hidden)
-        return answer(hidden, _dense(gate_up.weight), _dense(down.weight), down.bias, down.group)
+        return answer(hidden, unpack(gate_up.weight), unpack(down.weight), down.bias, down.group)
 
     return forward
 
@@ -443,7 +439,7 @@ def _(answer, llm):
     """The real first layer's MLP, cut for two and for three ranks."""
     model = llm.llm_engine.core.executor.runner.model
     layer = model.model.layers[0].mlp
-    gate_up, down = _dense(layer.gate_up_proj.weight), _dense(layer.down_proj.weight)
+    gate_up, down = unpack(layer.gate_up_proj.weight), unpack(layer.down_proj.weight)
     gate, up = gate_up.chunk(2)
     x = torch.randn(5, 576, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

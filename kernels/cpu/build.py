@@ -1,7 +1,7 @@
 """Compile the CPU's kernels, once per machine: `python3 -m kernels.cpu.build`. The course's set-up does it.
 
 The library lies where torch keeps compiled extensions (`TORCH_EXTENSIONS_DIR`, `~/.cache/torch_extensions`), in a
-folder named after the source, torch's version and the processor's vector instructions, so that a home directory that
+folder named after the sources, torch's version and the processor's vector instructions, so that a home directory that
 several machines share holds one for each. Invariant: a library with its final name is complete.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 NAME = "course_cpu"
 # By what torch itself found out about the processor. Not `native`: a library may outlive the machine it was made on.
 _INSTRUCTIONS = {
@@ -33,13 +33,14 @@ class CannotCompile(Exception):
 
 
 def library_path() -> Path:
-    """Where the library of this source, torch and processor is, or would be."""
+    """Where the library of these sources, torch and processor is, or would be."""
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
     if not root:
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         root = Path(cache) / "torch_extensions"
     capability = torch.backends.cpu.get_cpu_capability()
-    key = "\0".join([SOURCE.read_text(encoding="utf-8"), torch.__version__, capability, *_FLAGS])
+    sources = (source.read_text(encoding="utf-8") for source in SOURCES)
+    key = "\0".join([*sources, torch.__version__, capability, *_FLAGS])
     return Path(root) / f"{NAME}_{hashlib.sha256(key.encode()).hexdigest()[:16]}" / f"{NAME}.so"
 
 
@@ -63,7 +64,7 @@ def compile_kernels() -> Path:
     flags = _FLAGS + _INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), [])
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         try:
-            load(NAME, [str(SOURCE)], extra_cflags=flags, extra_ldflags=["-fopenmp"], build_directory=folder,
+            load(NAME, [*map(str, SOURCES)], extra_cflags=flags, extra_ldflags=["-fopenmp"], build_directory=folder,
                  is_python_module=False)  # fmt: skip
         except (RuntimeError, OSError, subprocess.SubprocessError) as error:
             raise CannotCompile(f"the compiler failed, and said: {error}") from error

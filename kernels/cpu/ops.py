@@ -6,7 +6,9 @@
 * paged_attention_decode: head sizes are HEAD_SIZES, rows of the query may be parts of longer ones; of the options
   there is `sliding_window`;
 * few_rows_linear: x is float32, the weight float32 or finite float16; how many rows are few, `layers/cpu_matmul.py`
-  says.
+  says;
+* pack_weight, packed_linear, unpack_weight: bfloat16 with an even number of inputs; packed_linear only where the
+  processor MULTIPLIES_BFLOAT16, x contiguous.
 
 Arguments that are not so raise ValueError. They are compiled once per machine (`kernels.cpu.build`); importing this
 module loads what was compiled, and fails with the remedy if nothing was. They are what remains when torch's own
@@ -29,9 +31,13 @@ _compiled = torch.ops.course_cpu
 
 DTYPES = (torch.float32, torch.bfloat16)
 HEAD_SIZES = tuple(_compiled.head_sizes())
+MULTIPLIES_BFLOAT16 = _compiled.multiplies_bfloat16()
 
 few_rows_linear = _compiled.few_rows_linear.default
+pack_weight = _compiled.pack_weight.default
+packed_linear = _compiled.packed_linear.default
 paged_attention_decode = _compiled.paged_attention_decode.default
 rms_norm = _compiled.rms_norm.default
 rotary_and_cache = _compiled.rotary_and_cache.default
 silu_and_mul = _compiled.silu_and_mul.default
+unpack_weight = _compiled.unpack_weight.default

@@ -121,6 +121,35 @@ def test_a_few_rows_times_a_matrix(rows: int, inputs: int, outputs: int) -> None
     near(ops.few_rows_linear(x, half) / inputs**0.5, reference.few_rows_linear(x.double(), half.double()) / inputs**0.5)
 
 
+needs_products = pytest.mark.skipif(
+    ops is None or not ops.MULTIPLIES_BFLOAT16, reason="no products of bfloat16 on this processor"
+)
+
+
+@needs_products
+@pytest.mark.parametrize("rows", [0, 1, 2, 7, 8, 9, 17, 25, 130])
+@pytest.mark.parametrize(("inputs", "outputs"), [(576, 1536), (6, 5), (2, 1), (34, 48), (64, 49), (10, 95)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_rows_times_a_packed_weight(rows: int, inputs: int, outputs: int, with_bias: bool) -> None:
+    x, weight = torch.randn(rows, inputs).bfloat16(), (torch.randn(outputs, inputs) / inputs**0.5).bfloat16()
+    bias = torch.randn(outputs).bfloat16() if with_bias else None
+    packed = ops.pack_weight(weight)
+    assert packed.shape == weight.shape and torch.equal(ops.unpack_weight(packed), weight)
+    exact = x.double() @ weight.double().T + (bias.double() if with_bias else 0)
+    near(ops.packed_linear(x, packed, bias), exact)
+
+
+@needs_products
+def test_what_is_not_finite_stays_in_its_row_and_output() -> None:
+    x, weight = torch.randn(9, 10).bfloat16(), torch.randn(50, 10).bfloat16()
+    clean = ops.packed_linear(x, ops.pack_weight(weight))
+    x[3, 9], weight[49, 0] = float("nan"), float("inf")
+    found = ops.packed_linear(x, ops.pack_weight(weight))
+    assert found[3].isnan().all() and not found[:, 49].isfinite().any()
+    rest = [row for row in range(9) if row != 3]
+    assert torch.equal(found[rest, :49], clean[rest, :49])
+
+
 @needs_kernels
 def test_the_number_of_threads_changes_nothing() -> None:
     x, weight = torch.randn(300, 576), torch.randn(576)
@@ -130,6 +159,8 @@ def test_the_number_of_threads_changes_nothing() -> None:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             found.append((ops.rms_norm(x, weight, 1e-5), ops.few_rows_linear(x[:1], x), ops.few_rows_linear(x[:9], x)))
+            if ops.MULTIPLIES_BFLOAT16:
+                found[-1] += (ops.packed_linear(x.bfloat16(), ops.pack_weight(x.bfloat16())),)
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(*pair) for other in found[1:] for pair in zip(found[0], other, strict=True))
@@ -140,6 +171,7 @@ def test_bad_arguments_are_named() -> None:
     x, weight = torch.randn(2, 8), torch.randn(8)
     keys, values = caches(torch.float32, 4, 4, 2, 8)
     query, table, lens = torch.randn(2, 2, 8), torch.zeros(2, 2, dtype=torch.int32), torch.ones(2, dtype=torch.int32)
+    packed = ops.pack_weight(torch.randn(3, 8).bfloat16())
     wrong = {
         r"x: wanted a contiguous CPU tensor .* not Half": lambda: ops.rms_norm(x.half(), weight, 1e-5),
         r"x: .* with strides \[1, 2\]": lambda: ops.rms_norm(torch.randn(8, 2).t(), weight, 1e-5),
@@ -153,6 +185,13 @@ def test_bad_arguments_are_named() -> None:
         r"x: wanted rows of float32": lambda: ops.few_rows_linear(x.bfloat16(), torch.randn(3, 8)),
         r"weight: .* float16, not BFloat16": lambda: ops.few_rows_linear(x, torch.randn(3, 8).bfloat16()),
         r"x: .* the last 9": lambda: ops.few_rows_linear(x, torch.randn(3, 9)),
+        r"weight: wanted .* not Float \[3, 8\]": lambda: ops.pack_weight(torch.randn(3, 8)),
+        r"weight: .* even .* \[3, 7\]": lambda: ops.pack_weight(torch.randn(3, 7).bfloat16()),
+        r"weight: wanted what pack_weight returned": lambda: ops.packed_linear(x.bfloat16(), torch.randn(3, 8)),
+        r"x: wanted contiguous CPU rows of 8 bfloat16, not Float": lambda: ops.packed_linear(x, packed),
+        r"x: .* 8 bfloat16, not BFloat16 \[2, 4\]": lambda: ops.packed_linear(x[:, :4].bfloat16(), packed),
+        r"x: .* not BFloat16 \[8\]": lambda: ops.packed_linear(weight.bfloat16(), packed),
+        r"bias: wanted 3": lambda: ops.packed_linear(x.bfloat16(), packed, weight.bfloat16()),
     }  # fmt: skip
     for message, call in wrong.items():
         with pytest.raises(ValueError, match=message):
@@ -188,7 +227,8 @@ def test_a_compiler_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
 
 def test_another_source_is_another_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = build.library_path()
-    changed = tmp_path / "kernels.cpp"
-    changed.write_text(build.SOURCE.read_text(encoding="utf-8") + "\n")
-    monkeypatch.setattr(build, "SOURCE", changed)
+    *others, last = build.SOURCES
+    changed = tmp_path / last.name
+    changed.write_text(last.read_text(encoding="utf-8") + "\n")
+    monkeypatch.setattr(build, "SOURCES", [*others, changed])
     assert build.library_path() != before

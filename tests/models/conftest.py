@@ -15,7 +15,9 @@ import torch
 
 from course_lib.attention.backend import make_backend
 from course_lib.attention.metadata import AttentionMetadata
+from course_lib.layers.cpu_matmul import can_pack
 from course_lib.models.causal_lm import CausalLM, IntermediateTensors
+from kernels.cpu import compiled_kernels
 
 BLOCK_SIZE = 4
 
@@ -98,3 +100,17 @@ class PagedRun:
 @pytest.fixture
 def paged_run() -> type[PagedRun]:
     return PagedRun
+
+
+@pytest.fixture(params=["own product", "oneDNN"])
+def packed_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each of the two libraries that may multiply packed bfloat16, if this processor can."""
+    ops = compiled_kernels()
+    if request.param == "own product":
+        if ops is None or not ops.MULTIPLIES_BFLOAT16:
+            pytest.skip("no product of our own for this processor")
+    elif ops is not None:
+        monkeypatch.setattr(ops, "MULTIPLIES_BFLOAT16", False)
+    if not can_pack(torch.bfloat16, torch.device("cpu")):
+        pytest.skip("oneDNN packs nothing on this processor")
+    return request.param

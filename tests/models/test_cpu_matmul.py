@@ -8,11 +8,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from course_lib.layers.cpu_matmul import can_pack, linear, pack
+from course_lib.layers.cpu_matmul import is_packed, linear, pack, unpack
 from course_lib.models.loader import load_model, read_tensors
 
 CPU = torch.device("cpu")
-needs_packing = pytest.mark.skipif(not can_pack(torch.bfloat16, CPU), reason="oneDNN packs nothing on this processor")
 
 
 @pytest.fixture(params=[True, False], ids=["tied", "untied"])
@@ -26,28 +25,32 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Ll
     return tmp_path, config
 
 
-@needs_packing
 @pytest.mark.parametrize("rows", [0, 1, 3, 64, 300])
-def test_packed_products_equal_plain_ones(rows: int) -> None:
+def test_packed_products_equal_plain_ones(packed_by: str, rows: int) -> None:
     torch.manual_seed(0)
     weight, bias, x = (torch.randn(*shape).bfloat16() for shape in ((50, 36), (50,), (rows, 36)))
     expected = (x.double() @ weight.double().T + bias.double()).bfloat16()
     torch.testing.assert_close(linear(x, pack(weight), bias), expected, atol=2e-2, rtol=2e-2)
-    assert torch.equal(pack(weight).to_dense(), weight)
+    assert torch.equal(unpack(pack(weight)), weight) and torch.equal(unpack(weight), weight)
+    assert pack(weight).is_mkldnn == (packed_by == "oneDNN")
+    odd = weight[:, :35].contiguous()  # has no pairs
+    assert pack(odd).is_mkldnn
+    torch.testing.assert_close(linear(x[:, :35], pack(odd)), linear(x[:, :35], odd), atol=2e-2, rtol=2e-2)
 
 
-@needs_packing
-def test_a_packed_model_holds_the_same_weights_and_takes_new_ones(checkpoint: tuple[Path, LlamaConfig]) -> None:
+def test_a_packed_model_holds_the_same_weights_and_takes_new_ones(
+    packed_by: str, checkpoint: tuple[Path, LlamaConfig]
+) -> None:
     path, config = checkpoint
     model = load_model(path, config, torch.bfloat16, CPU)
     plain = {name: parameter.clone() for name, parameter in model.named_parameters()}
     hidden = torch.randn(5, 48).bfloat16()
     logits = model.compute_logits(hidden)
     model.pack_weights()
-    assert model.model.layers[0].mlp.down_proj.weight.is_mkldnn
+    assert is_packed(model.model.layers[0].mlp.down_proj.weight)
     torch.testing.assert_close(model.compute_logits(hidden), logits, atol=2e-2, rtol=2e-2)
     model.load_weights((name, tensor[()] * 2) for name, tensor in read_tensors(path / "model.safetensors"))
-    assert model.model.layers[0].mlp.down_proj.weight.is_mkldnn  # packed again
+    assert is_packed(model.model.layers[0].mlp.down_proj.weight)  # packed again
     model.unpack_weights()
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, plain[name] * 2), name
@@ -57,7 +60,7 @@ def test_float32_stays_plain_because_it_must_be_exact(checkpoint: tuple[Path, Ll
     path, config = checkpoint
     model = load_model(path, config, torch.float32, CPU)
     model.pack_weights()
-    assert not model.model.layers[0].mlp.down_proj.weight.is_mkldnn
+    assert not is_packed(model.model.layers[0].mlp.down_proj.weight)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 64, 128, 129])

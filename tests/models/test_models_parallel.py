@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from course_lib.errors import CorruptModelError
-from course_lib.layers.cpu_matmul import can_pack
+from course_lib.layers.cpu_matmul import is_packed
 from course_lib.layers.embedding import LMHead, TokenEmbedding
 from course_lib.layers.few_rows_weight import FourBitWeight, HalfWeight
 from course_lib.layers.linear import GateUpLinear, Linear, QKVLinear, RowParallelLinear
@@ -380,9 +380,8 @@ def test_a_group_of_one_does_nothing_that_a_plain_layer_does_not(saved):
 # ---- packed weights ---------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not can_pack(torch.bfloat16, CPU), reason="oneDNN packs nothing on this processor")
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_parts_are_packed_and_have_their_forms_for_few_rows(tied, tmp_path, paged_run):
+def test_parts_are_packed_and_have_their_forms_for_few_rows(packed_by, tied, tmp_path, paged_run):
     config = llama(
         vocab_size=VOCAB, hidden_size=64, head_dim=32, num_attention_heads=4, num_key_value_heads=2,
         intermediate_size=128, num_hidden_layers=1, tie_word_embeddings=tied,
@@ -399,11 +398,10 @@ def test_parts_are_packed_and_have_their_forms_for_few_rows(tied, tmp_path, page
         plain = [logits for run in [paged_run(model, prompts)] for step in steps for logits in run.advance(step)]
         model.pack_weights()
         layer = model.model.layers[0]
-        assert all(linear.weight.is_mkldnn for linear in model.modules() if isinstance(linear, Linear))
+        assert all(is_packed(linear.weight) for linear in model.modules() if isinstance(linear, Linear))
         assert isinstance(layer.mlp.down_proj.few_rows, FourBitWeight)
         assert isinstance(layer.self_attn.o_proj.few_rows, FourBitWeight)
-        if tied:
-            assert isinstance(model.few_rows_head, HalfWeight)
+        assert isinstance(model.few_rows_head, HalfWeight) == (tied and packed_by == "oneDNN")
         packed = [logits for run in [paged_run(model, prompts)] for step in steps for logits in run.advance(step)]
         stored = read_tensors(tmp_path / "model.safetensors")
         model.load_weights((name, tensor[()] * 0) for name, tensor in stored)

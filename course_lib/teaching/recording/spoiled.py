@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from course_lib.layers.cpu_matmul import unpack
 from course_lib.layers.linear import GateUpLinear
 from course_lib.models.causal_lm import CausalLM
 from course_lib.parallel.group import Group, SoloGroup
@@ -40,8 +41,7 @@ def spoiled(model: CausalLM, suspect: str) -> Iterator[None]:
 
 
 def _cut_as_one(gate_up: GateUpLinear, group: Group) -> nn.Parameter:
-    own = gate_up.weight.to_dense() if gate_up.weight.is_mkldnn else gate_up.weight
-    gate, up = (group.all_gather(half.contiguous()) for half in own.chunk(2))
+    gate, up = (group.all_gather(half.contiguous()) for half in unpack(gate_up.weight).chunk(2))
     rows = torch.cat([gate, up]).chunk(group.size)[group.rank]
     return nn.Parameter(rows.clone(), requires_grad=False)
 
