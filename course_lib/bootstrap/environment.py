@@ -80,10 +80,11 @@ def is_current(venv: Path) -> bool:
 
 
 def _stamp() -> dict[str, str]:
+    kernels = b"\0".join(path.read_bytes() for path in sorted(CPU_KERNELS.glob("*.[ch]*")))
     pins = REQUIREMENTS.read_bytes() + b"\0" + CONSTRAINTS.read_bytes()
     return {
         "requirements": hashlib.sha256(pins).hexdigest(),
-        "kernels": hashlib.sha256(b"\0".join(path.read_bytes() for path in sorted(CPU_KERNELS.glob("*.cpp")))).hexdigest(),
+        "kernels": hashlib.sha256(kernels).hexdigest(),
         "root": str(REPO_ROOT),
     }
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
+HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 NAME = "course_cpu"
 # By what torch itself found out about the processor. Not `native`: a library may outlive the machine it was made on.
 _INSTRUCTIONS = {
@@ -39,7 +40,7 @@ def library_path() -> Path:
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         root = Path(cache) / "torch_extensions"
     capability = torch.backends.cpu.get_cpu_capability()
-    sources = (source.read_text(encoding="utf-8") for source in SOURCES)
+    sources = (source.read_text(encoding="utf-8") for source in SOURCES + HEADERS)
     key = "\0".join([*sources, torch.__version__, capability, *_FLAGS])
     return Path(root) / f"{NAME}_{hashlib.sha256(key.encode()).hexdigest()[:16]}" / f"{NAME}.so"
 

@@ -10,7 +10,6 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <c10/util/BFloat16.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -21,107 +20,11 @@
 #include <string>
 #include <vector>
 
+#include "arguments.h"
+#include "attention_bfloat16.h"
+#include "numbers.h"
+
 namespace {
-
-// ---- numbers ---------------------------------------------------------------------------------------------------
-
-inline float widen(float x) { return x; }
-
-inline float widen(c10::BFloat16 x) {
-  const uint32_t bits = uint32_t(x.x) << 16;
-  float wide;
-  std::memcpy(&wide, &bits, sizeof wide);
-  return wide;
-}
-
-inline float widen(c10::Half x) {  // of a finite one: its exponent begins at 2^-15, a float's at 2^-127
-  const uint32_t bits = uint32_t(int32_t(int16_t(x.x)) << 13) & 0x8fffe000;
-  float wide;
-  std::memcpy(&wide, &bits, sizeof wide);
-  return wide * 0x1p112f;
-}
-
-inline void narrow(float x, float* to) { *to = x; }
-
-inline void narrow(float x, c10::BFloat16* to) {  // to the nearest, ties to even; NaN stays NaN
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  to->x = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded);
-}
-
-// exp(x) for x <= 88, to 2e-7 relative; 0 below -87. A branch-free polynomial, so that a loop of it is vectorized.
-inline float fast_exp(float x) {
-  const float clamped = std::max(x, -87.0f);
-  const float n = std::nearbyint(clamped * 1.44269504f);
-  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const int32_t bits = (int32_t(n) + 127) << 23;
-  float power;
-  std::memcpy(&power, &bits, sizeof power);
-  return x < -87.0f ? 0.0f : p * power;
-}
-
-// ---- arguments -------------------------------------------------------------------------------------------------
-
-template <typename Work>
-void for_dtype(const at::Tensor& tensor, const Work& work) {
-  if (tensor.scalar_type() == at::kFloat) {
-    work(float{});
-  } else {
-    work(c10::BFloat16{});
-  }
-}
-
-// Messages are put together without streams: those of this library and of torch's may be of different make.
-std::string text(at::ScalarType type) { return at::toString(type); }
-
-std::string text(at::IntArrayRef numbers) {
-  std::string joined = "[";
-  for (const int64_t number : numbers) joined += (joined.size() > 1 ? ", " : "") + std::to_string(number);
-  return joined + "]";
-}
-
-std::string described(const at::Tensor& tensor) {
-  return text(tensor.scalar_type()) + " " + text(tensor.sizes()) + " with strides " + text(tensor.strides()) +
-         (tensor.is_cpu() ? "" : ", not on the CPU");
-}
-
-// A contiguous CPU tensor of `dims` dimensions, the last of `last` numbers, of a dtype that we compute with.
-void check(const std::string& name, const at::Tensor& tensor, int64_t dims, int64_t last) {
-  TORCH_CHECK_VALUE(tensor.dim() == dims && tensor.size(-1) == last && tensor.is_contiguous() && tensor.is_cpu() &&
-                        (tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kBFloat16),
-                    name + ": wanted a contiguous CPU tensor of " + std::to_string(dims) + " dimensions, the last " +
-                        std::to_string(last) + ", float32 or bfloat16, not " + described(tensor));
-}
-
-void check_like(const std::string& name, const at::Tensor& tensor, const std::string& other_name,
-                const at::Tensor& other) {
-  TORCH_CHECK_VALUE(tensor.scalar_type() == other.scalar_type(), name + " is " + text(tensor.scalar_type()) + " and " +
-                                                                     other_name + " " + text(other.scalar_type()) +
-                                                                     ": wanted the same");
-}
-
-void check_indices(const std::string& name, const at::Tensor& tensor, at::ScalarType type, int64_t length) {
-  TORCH_CHECK_VALUE(
-      tensor.dim() == 1 && tensor.size(0) == length && tensor.scalar_type() == type && tensor.is_cpu() &&
-          tensor.is_contiguous(),
-      name + ": wanted contiguous " + text(type) + " [" + std::to_string(length) + "], not " + described(tensor));
-}
-
-// [NB, BS, Hkv, D], stored heads first -> [NB, Hkv, BS, D], as it lies in memory.
-at::Tensor stored(const std::string& name, const at::Tensor& cache) {
-  TORCH_CHECK_VALUE(cache.dim() == 4, name + ": wanted [NB, BS, Hkv, D], not " + described(cache));
-  at::Tensor as_it_lies = cache.transpose(1, 2);
-  check(name, as_it_lies, 4, cache.size(3));
-  return as_it_lies;
-}
 
 // Threads get at least so many numbers each: below, waking one costs more than it saves.
 constexpr int64_t kGrain = 16384;
@@ -332,6 +235,9 @@ constexpr int64_t kMostOfPiece = 256, kLeastOfPiece = 64;
 template <int D>
 constexpr int kPadded = (D + kLanes - 1) / kLanes* kLanes;
 
+// Prefetched data goes to the second cache: the first has few places to wait in (20 against 12 GB/s here).
+constexpr int kFar = 2;
+
 // Row of the caches, seen as [rows, D], in which the first KV head's part of a position lies.
 inline int64_t row_of(const int32_t* table, int64_t position, int64_t kv_heads, int64_t block_size) {
   return table[position / block_size] * kv_heads * block_size + position % block_size;
@@ -353,7 +259,7 @@ inline void attend_chunk(const float* query, const T* keys, const T* values, con
       for (int g = 0; g < G; ++g) parts[g] = load(query + g * width + i * kLanes);
       for (int p = 0; p < half; ++p) {
         const Floats key = load_part<D>(keys + std::min(first + p, count - 1) * D, i * kLanes);
-        __builtin_prefetch(next_keys + (first + p) * D + i * kLanes);
+        __builtin_prefetch(next_keys + (first + p) * D + i * kLanes, 0, kFar);
         for (int g = 0; g < G; ++g) sums[g][p] += parts[g] * key;
       }
     }
@@ -381,7 +287,7 @@ inline void attend_chunk(const float* query, const T* keys, const T* values, con
   for (int p = 0; p < count; ++p) {
     for (int i = 0; i < vectors; ++i) {
       const Floats value = load_part<D>(values + p * D, i * kLanes);
-      __builtin_prefetch(next_values + p * D + i * kLanes);
+      __builtin_prefetch(next_values + p * D + i * kLanes, 0, kFar);
       for (int g = 0; g < G; ++g) kept[g][i] += weights[g][p] * value;
     }
   }
@@ -459,18 +365,27 @@ void attend(const at::Tensor& query, const at::Tensor& key_cache, const at::Tens
 
   const int64_t stride = heads * (width + 2);  // per piece: acc [H, width], best [H], total [H]
   std::vector<float> partial(pieces.size() * stride);
+  const bool in_pairs = course_cpu::attends_bfloat16(D);
   at::parallel_for(0, int64_t(pieces.size()), 1, [&](int64_t begin, int64_t end) {
     std::vector<float> scaled(heads * width);
     for (int64_t i = begin; i < end; ++i) {
       const Piece& piece = pieces[i];
       const T* const own = queries + piece.request * query.stride(0);
-      for (int64_t head = 0; head < heads; ++head)
-        for (int j = 0; j < D; ++j) scaled[head * width + j] = widen(own[head * D + j]) * float(scale);
       const Piece& after = pieces[std::min(i + 1, end - 1)];
       const int64_t row_after = after.first < after.last
                                     ? row_of(tables + after.request * table_width, after.first, kv_heads, block_size)
                                     : 0;
       float* const acc = partial.data() + i * stride;
+      if constexpr (std::is_same_v<T, c10::BFloat16>) {
+        if (in_pairs) {
+          course_cpu::attend_bfloat16(D, {own, keys, values, tables + piece.request * table_width, piece.first,
+                                          piece.last, row_after, kv_heads, group, block_size, float(scale)},
+                                      acc, acc + heads * width, acc + heads * (width + 1));
+          continue;
+        }
+      }
+      for (int64_t head = 0; head < heads; ++head)
+        for (int j = 0; j < D; ++j) scaled[head * width + j] = widen(own[head * D + j]) * float(scale);
       attend_piece<T, D>(scaled.data(), keys, values, tables + piece.request * table_width, piece, row_after, kv_heads,
                          block_size, group, acc, acc + heads * width, acc + heads * (width + 1));
     }

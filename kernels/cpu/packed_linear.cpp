@@ -13,18 +13,16 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <c10/util/BFloat16.h>
-#include <c10/util/StringUtil.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
+#include <optional>
+#include <string>
 
-#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 10)
-#define HAS_INTRINSICS
-#include <immintrin.h>
-#endif
+#include "arguments.h"
+#include "instructions.h"
+#include "numbers.h"
 
 namespace {
 
@@ -34,14 +32,6 @@ constexpr int kPanel = kVectors * kLanes;  // outputs
 constexpr int kRows = 8;                   // in a tile
 
 using Pair = uint32_t;  // two bfloat16 of neighbouring inputs
-
-bool multiplies_bfloat16() {
-#ifdef HAS_INTRINSICS
-  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-#else
-  return false;
-#endif
-}
 
 // ---- layout ----------------------------------------------------------------------------------------------------
 
@@ -66,8 +56,8 @@ void for_pairs(int64_t outputs, int64_t pairs, const Move& move) {
 at::Tensor pack_weight(const at::Tensor& weight) {
   TORCH_CHECK_VALUE(weight.is_cpu() && weight.scalar_type() == at::kBFloat16 && weight.dim() == 2 &&
                         weight.is_contiguous() && weight.size(1) % 2 == 0,
-                    "weight: wanted a contiguous CPU matrix of bfloat16 with an even number of columns, not ",
-                    weight.scalar_type(), " ", weight.sizes());
+                    "weight: wanted a contiguous CPU matrix of bfloat16 with an even number of columns, not " +
+                        described(weight));
   at::Tensor packed = at::empty(weight.sizes(), weight.options().dtype(at::kUInt16));
   const auto* from = static_cast<const Pair*>(weight.const_data_ptr());
   auto* to = static_cast<Pair*>(packed.data_ptr());
@@ -78,7 +68,7 @@ at::Tensor pack_weight(const at::Tensor& weight) {
 void check_packed(const at::Tensor& weight) {
   TORCH_CHECK_VALUE(weight.is_cpu() && weight.scalar_type() == at::kUInt16 && weight.dim() == 2 &&
                         weight.is_contiguous() && weight.size(1) % 2 == 0,
-                    "weight: wanted what pack_weight returned, not ", weight.scalar_type(), " ", weight.sizes());
+                    "weight: wanted what pack_weight returned, not " + described(weight));
 }
 
 // What pack_weight was given.
@@ -102,9 +92,7 @@ struct Panel {
   const float* bias;  // kPanel numbers
 };
 
-#ifdef HAS_INTRINSICS
-#define FOR_BFLOAT16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
-
+#ifdef HAS_BFLOAT16_INTRINSICS
 // x [Rows, 2 * pairs], to [Rows, width]. At every pair, `lines` cache lines from `next` on are asked for.
 template <int Rows>
 FOR_BFLOAT16 void multiply_tile(const Pair* x, const Panel& panel, c10::BFloat16* to, const char* next, int lines) {
@@ -164,11 +152,11 @@ at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& weight, const st
   const int64_t outputs = weight.size(0), pairs = weight.size(1) / 2;
   TORCH_CHECK_VALUE(x.is_cpu() && x.scalar_type() == at::kBFloat16 && x.dim() == 2 && x.is_contiguous() &&
                         x.size(1) == weight.size(1),
-                    "x: wanted contiguous CPU rows of ", weight.size(1), " bfloat16, not ", x.scalar_type(), " ",
-                    x.sizes());
+                    "x: wanted contiguous CPU rows of " + std::to_string(weight.size(1)) + " bfloat16, not " +
+                        described(x));
   TORCH_CHECK_VALUE(!bias || (bias->is_cpu() && bias->scalar_type() == at::kBFloat16 && bias->is_contiguous() &&
                               bias->dim() == 1 && bias->size(0) == outputs),
-                    "bias: wanted ", outputs, " contiguous bfloat16 on a CPU");
+                    "bias: wanted " + std::to_string(outputs) + " contiguous bfloat16 on a CPU");
   TORCH_CHECK(multiplies_bfloat16(), "packed_linear: this processor has no products of bfloat16 (AVX512-BF16)");
   const int64_t rows = x.size(0);
   at::Tensor out = at::empty({rows, outputs}, x.options());

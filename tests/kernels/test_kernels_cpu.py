@@ -88,7 +88,7 @@ def test_rotation_and_cache_write(number: torch.dtype) -> None:
 def test_attention_over_random_batches(number: torch.dtype, trial: int) -> None:
     """Lengths from nothing to several pieces, windows, tables wider than needed; unwritten slots are NaN."""
     rng = random.Random(trial)
-    dim, size = rng.choice([8, 16, 64, 80]), rng.choice([1, 4, 16, 32])
+    dim, size = rng.choice([8, 16, 32, 64, 64, 80, 96, 128, 256]), rng.choice([1, 4, 16, 32])
     kv_heads = rng.randint(1, 3)
     heads = kv_heads * rng.choice([1, 2, 3, 5])
     lens = [rng.choice([0, 1, size, rng.randint(1, 60), rng.randint(1, 900)]) for _ in range(rng.randint(1, 6))]
