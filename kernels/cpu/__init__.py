@@ -1,4 +1,4 @@
-"""The kernels in C++ for a CPU: `kernels.cpp` the source, `build` compiles it, `ops` is what was compiled."""
+"""The kernels in C++ for a CPU: `*.cpp` the sources, `build` compiles them, `ops` is what was compiled."""
 
 from __future__ import annotations
 

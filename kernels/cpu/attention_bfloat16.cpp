@@ -23,8 +23,8 @@ namespace {
 using c10::BFloat16;
 using course_cpu::BFloat16Piece;
 
-constexpr int kLanes = 16;         // sums in a vector
-constexpr int kInVector = 32;      // bfloat16 numbers in a vector
+constexpr int kLanes = 16;     // sums in a vector
+constexpr int kInVector = 32;  // bfloat16 numbers in a vector
 
 #ifdef HAS_BFLOAT16_INTRINSICS
 
