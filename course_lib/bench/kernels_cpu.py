@@ -81,7 +81,7 @@ class CpuKernels:
         for name, (inputs, outputs) in _SHAPES.items():
             copies = max(1, _WEIGHT_BYTES // (inputs * outputs * self.dtype.itemsize))
             layers = [self._linear(inputs, outputs, packs) for _ in range(copies)]
-            weight_bytes = inputs * outputs * self.dtype.itemsize
+            weight_bytes = inputs * outputs * (2 if packs else self.dtype.itemsize)  # packed float32 is float16
             for rows in _ROWS:
                 x = torch.randn(rows, inputs).to(self.dtype)
                 seconds = [s / copies for s in self._seconds(lambda: [layer(x) for layer in layers])]
@@ -95,7 +95,7 @@ class CpuKernels:
 
     def _linear(self, inputs: int, outputs: int, packs: bool) -> Linear:
         layer = Linear(inputs, outputs, bias=False, dtype=self.dtype, device=_CPU)
-        layer.weight.copy_(torch.randn(outputs, inputs))
+        layer.weight.copy_(torch.randn(outputs, inputs).half())  # as models are stored
         if packs:
             layer.weight = nn.Parameter(pack(layer.weight), requires_grad=False)
         return layer

@@ -1,23 +1,28 @@
 """Products with weights on a CPU: which way round, and in which layout.
 
-float32 of up to 64 rows goes to a kernel of our own (`kernels/cpu`), which reads weights as fast as memory
-gives them: all products of the course model took 20 ms for 1 row, 34 for 8 and 45 for 16 where MKL, at its best way
-round, took 68 for 8 and 75 for 16. Its sums are also nearer to the exact ones. Where it is not compiled, and for more
-rows, MKL serves, whose product of a few rows with a large matrix is slow: two rows took six to eight times as long as
-with the factors exchanged, sixty-four rows 1.3 to 1.5 times. So there y = x W^T is computed as y^T = W x^T, and one row
-as two equal ones. Measured on an AVX-512 machine.
+Given a plain matrix, a product must gather tiles of it on every call; given a weight packed once, at load time, it
+streams. Where the processor has vectors of sixteen floats (AVX-512), there is a layout and a product of our own
+(`kernels/cpu`): for bfloat16 if it also multiplies pairs of them (AVX512-BF16), and for float32 weights that are float16
+numbers, as models are stored, which are packed as such. All products of the course model with two such cores, in ms:
 
-Reduced precision multiplies by tiles of the weight. Given a plain matrix, a product must gather those tiles on every
-call; given a weight packed once, at load time, it streams. bfloat16 has a layout and a product of our own where the
-processor multiplies pairs of them (AVX512-BF16): all products of the course model took 8.3 ms for 8 rows, 11.9 for 16,
-21.9 for 32, 41 for 64 and 325 for 512, where oneDNN's took 14.7, 18.8, 29.1, 54.6 and 348; that is 32 GB/s for few
-rows and 423 of 426 GFLOP/s for many. Elsewhere oneDNN packs and multiplies, and where it has no packed form for a dtype
-(float16 without AVX512-FP16, other processors), weights stay as they are. A packed weight is an opaque tensor of the
-same shape; it replaces the plain one, so memory stays the same. Products of a few rows have forms of their own
-(`few_rows_weight`).
+    rows                              1      8     16     32     64    512
+    bfloat16, ours                  8.4    8.3   11.9   21.9     41    325
+    bfloat16, oneDNN's packed      14.0   14.7   18.8   29.1     55    348
+    float32 as float16, ours        8.7   14.7   28.2   54.2    105    831
+    float32, plain                 12.2   26.3   41.3   73.5    130    895
 
-float32 is not packed: oneDNN adds up long rows in fewer partial sums than MKL. Logits of the course model then differ
-from transformers' by up to 2.3e-4 instead of 7e-5, and float32 is here to be exact.
+That is 32 GB/s for few rows, and 423 of 426 GFLOP/s in bfloat16 for many. Elsewhere oneDNN packs and multiplies; where
+it has no packed form for a dtype (float16 without AVX512-FP16, other processors), weights stay as they are. A packed
+weight is an opaque tensor of the same shape, which replaces the plain one. Products of a few rows may have a form of
+their own beside it (`few_rows_weight`).
+
+Other float32 weights stay plain. Up to 64 rows go to a kernel of our own, which reads weights as fast as memory gives
+them: 20 ms for 1 row, 34 for 8 and 45 for 16 where MKL, at its best way round, took 68 for 8 and 75 for 16. Where it is
+not compiled, and for more rows, MKL serves, whose product of a few rows with a large matrix is slow: two rows took six
+to eight times as long as with the factors exchanged, sixty-four rows 1.3 to 1.5 times. So there y = x W^T is computed as
+y^T = W x^T, and one row as two equal ones. oneDNN does not pack float32 here: it adds up long rows in fewer partial sums
+than MKL. Logits of the course model then differ from transformers' by up to 2.3e-4 instead of 7e-5, and float32 is here
+to be exact.
 
 vLLM: `vllm/model_executor/layers/utils.py` (`dispatch_cpu_unquantized_gemm`) has kernels of its own for this.
 """
@@ -27,7 +32,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from course_lib.layers.few_rows_weight import FewRowsWeight
+from course_lib.layers.few_rows_weight import FewRowsWeight, as_stored_half
 from course_lib.layers.fused import fused_kernels, packing_kernels
 from kernels.cpu import compiled_kernels
 
@@ -43,33 +48,40 @@ _OWN_ROWS = 64
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether packed products of `dtype` are wanted and work here; found out by trying a tiny one."""
-    if device.type != "cpu" or dtype == torch.float32:
+    if device.type != "cpu":
         return False
     try:
         weight = pack(torch.eye(16, dtype=dtype))
-        return torch.equal(linear(torch.ones(1, 16, dtype=dtype), weight), torch.ones(1, 16, dtype=dtype))
+        product = linear(torch.ones(1, 16, dtype=dtype), weight)
+        return is_packed(weight) and torch.equal(product, torch.ones(1, 16, dtype=dtype))
     except (RuntimeError, NotImplementedError, AttributeError):
         return False
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
-    """weight [out, in] -> the same values in the layout of the fastest product, opaque, [out, in]; `unpack` undoes it."""
-    weight = weight.detach()
-    kernels = packing_kernels(weight)
-    if kernels is not None:
+    """weight [out, in] -> the same values in the layout of the fastest product, opaque, [out, in]; `unpack` undoes it.
+
+    The weight itself if there is none.
+    """
+    weight, kernels = weight.detach(), packing_kernels(weight.dtype)
+    if weight.dtype == torch.float32:
+        matrix = None if kernels is None else as_stored_half(weight)
+        return weight if matrix is None else kernels.pack_weight(matrix)
+    if kernels is not None and weight.shape[1] % 2 == 0:
         return kernels.pack_weight(weight.contiguous())
     return torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
 
 
 def is_packed(weight: torch.Tensor) -> bool:
-    """Whether `pack` made it."""
+    """Whether `pack` laid it out."""
     return weight.dtype == PACKED_DTYPE or weight.is_mkldnn
 
 
-def unpack(weight: torch.Tensor) -> torch.Tensor:
-    """The plain weight of a packed one; a plain one as it is."""
+def unpack(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The plain weight, of `dtype`, of a packed one; a plain one as it is."""
     if weight.dtype == PACKED_DTYPE:
-        return compiled_kernels().unpack_weight(weight)
+        stored = torch.float16 if dtype == torch.float32 else dtype
+        return compiled_kernels().unpack_weight(weight, stored).to(dtype)
     return weight.to_dense() if weight.is_mkldnn else weight
 
 

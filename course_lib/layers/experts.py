@@ -109,12 +109,12 @@ class Experts(FusedModule):
             ]
             self.gate_up = self.down = None
 
-    def unpack(self) -> None:
+    def unpack(self, dtype: torch.dtype) -> None:
         """Undo `pack`."""
         if self.packed:
             gate_ups, downs = zip(*self.packed, strict=True)
             self.gate_up, self.down = (
-                nn.Parameter(torch.stack([unpack(matrix.weight) for matrix in matrices]), requires_grad=False)
+                nn.Parameter(torch.stack([unpack(matrix.weight, dtype) for matrix in matrices]), requires_grad=False)
                 for matrices in (gate_ups, downs)
             )
             self.packed = []
@@ -149,7 +149,7 @@ class Experts(FusedModule):
     def _expert(self, index: int, x: torch.Tensor) -> torch.Tensor:
         if self.packed:
             gate_up, down = self.packed[index]
-            inner = silu_and_mul(linear(x, gate_up.weight, few_rows=gate_up.few_rows))
+            inner = silu_and_mul(linear(x, gate_up.weight, few_rows=gate_up.few_rows, either_layout=True))
             return linear(inner, down.weight, few_rows=down.few_rows)
         gate_up = linear(x, self.gate_up[index], either_layout=True)  # which the activation takes
         return linear(silu_and_mul(gate_up), self.down[index])

@@ -2,8 +2,9 @@
 
 float32 is what weights of a CPU's model are computed with, seldom what they are stored in. Where every value is a
 float16, as in the course model's file, few rows are multiplied with a float16 copy, which is half as long to read and
-gives the same result. Measured with two AVX-512 cores, all products of the course model's layers: 6.9 instead of 13.0
-ms for 1 row, 8.3 instead of 14.9 for 4, 14.9 instead of 19.3 for 8; at 12 rows both compute equally long.
+gives the same result. Measured with two AVX-512 cores, all products of the course model's layers: 6.9 instead
+of 13.0 ms for 1 row, 8.3 instead of 14.9 for 4, 14.9 instead of 19.3 for 8; at 12 rows both compute equally long. Where
+such weights are packed as float16 (`cpu_matmul`), that form serves any number of rows.
 
 bfloat16: the course model ships in 4 bits (GGUF's Q4_1: groups of 32 values on a grid of 16 points, `minimum + step *
 q`), and bfloat16 reads four times the bytes that carry its information. So where a weight lies on such a grid, that is
@@ -79,21 +80,27 @@ def few_rows_form(weight: torch.Tensor) -> FewRowsWeight | None:
 
 
 def stored_half_form(weight: torch.Tensor) -> StoredHalfWeight | None:
-    """weight float32 [out, in] on a CPU -> its float16 form; None if that is not exact, or there is no kernel for it."""
-    if weight.dtype != torch.float32 or compiled_kernels() is None:
+    """weight float32 [out, in] on a CPU -> its float16 form; None if that is not exact, or needless, or has no kernel."""
+    if weight.dtype != torch.float32 or compiled_kernels() is None or packing_kernels(torch.float32) is not None:
         return None
+    matrix = as_stored_half(weight)
+    return None if matrix is None else StoredHalfWeight(matrix)
+
+
+def as_stored_half(weight: torch.Tensor) -> torch.Tensor | None:
+    """weight float32 [out, in] -> the same values in float16; None if some are no float16 numbers."""
     matrix = torch.empty(weight.shape, dtype=torch.float16)
     rows = max(1, _VALUES_AT_A_TIME // weight.shape[1])
     for part, half in zip(weight.detach().split(rows), matrix.split(rows), strict=True):
         wide = half.copy_(part).float()
         if not torch.equal(wide, part) or not wide.sum().isfinite():  # so many float16 numbers do not overflow
             return None
-    return StoredHalfWeight(matrix)
+    return matrix
 
 
 def half_form(weight: torch.Tensor) -> HalfWeight | None:
     """weight bfloat16 [out, in] on a CPU -> its float16 form; None if it would overflow, or save nothing."""
-    if not _has_fast_kernels() or weight.dtype != torch.bfloat16 or packing_kernels(weight) is not None:
+    if not _has_fast_kernels() or weight.dtype != torch.bfloat16 or packing_kernels(torch.bfloat16) is not None:
         return None
     matrix = weight.detach().half()
     return HalfWeight(matrix) if matrix.isfinite().all() else None
@@ -113,7 +120,7 @@ def four_bit_form(weight: torch.Tensor) -> FourBitWeight | None:
     q, step, middle = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     grids = torch.stack((step, middle), dim=-1).transpose(0, 1).contiguous()
     nibbles = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
-    beside_own = packing_kernels(weight) is not None
+    beside_own = packing_kernels(torch.bfloat16) is not None
     return FourBitWeight(nibbles, grids, _MOST_ROWS_BESIDE_OWN_PRODUCT if beside_own else _MOST_ROWS_BESIDE_ONEDNN)
 
 

@@ -31,12 +31,13 @@ def gpu_kernels(x: torch.Tensor) -> ModuleType | None:
     return _triton() if x.is_cuda and x.dtype in _GPU_DTYPES else None
 
 
-def packing_kernels(weight: torch.Tensor) -> ModuleType | None:
-    """`kernels.cpu.ops` if it has a product for this weight [out, in], packed."""
-    if weight.dtype != torch.bfloat16 or not weight.is_cpu or weight.shape[1] % 2:
-        return None
+def packing_kernels(dtype: torch.dtype) -> ModuleType | None:
+    """`kernels.cpu.ops` if it has products with packed weights on this CPU for x of this dtype."""
     kernels = compiled_kernels()
-    return kernels if kernels is not None and kernels.MULTIPLIES_BFLOAT16 else None
+    if kernels is None:
+        return None
+    packs = {torch.bfloat16: kernels.PACKS_BFLOAT16, torch.float32: kernels.PACKS_FLOAT32}
+    return kernels if packs.get(dtype) else None
 
 
 def linear_kernels(x: torch.Tensor, weight: torch.Tensor) -> ModuleType | None:

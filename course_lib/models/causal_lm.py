@@ -88,15 +88,20 @@ class CausalLM(nn.Module):
         head = embedding.weight if self.packed_head is None else self.packed_head
         return embedding.vocab.gather_logits(linear(hidden, head, few_rows=self.few_rows_head))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in, and its weights are of unless they are packed."""
+        return next(parameter.dtype for parameter in self.parameters() if parameter.is_floating_point())
+
     def pack_weights(self) -> None:
         """Lay the weights of all matrix products out for this CPU; does nothing where that is not possible.
 
         Packed or not, they get their forms for few rows. A tied head gets a packed copy of the table, whose plain rows
         the embedding still looks up.
         """
-        weight = next(self.parameters())
-        packs = can_pack(weight.dtype, weight.device)
-        if not packs and not (weight.is_cpu and weight.dtype == torch.float32):
+        device = next(self.parameters()).device
+        packs = can_pack(self.dtype, device)
+        if not packs and not (device.type == "cpu" and self.dtype == torch.float32):
             return
         if self.parallel.is_last_stage and TIED_HEAD not in self.slots:
             table = self.embedding_weight()
@@ -115,10 +120,10 @@ class CausalLM(nn.Module):
         """Undo `pack_weights`, so that weights can be read as matrices or replaced."""
         for module in self._linears():
             if is_packed(module.weight):
-                module.weight = nn.Parameter(unpack(module.weight), requires_grad=False)
+                module.weight = nn.Parameter(unpack(module.weight, self.dtype), requires_grad=False)
             module.few_rows = None
         for experts in self._experts():
-            experts.unpack()
+            experts.unpack(self.dtype)
         self.packed_head = self.few_rows_head = None
         self.__dict__.pop("slots", None)
 

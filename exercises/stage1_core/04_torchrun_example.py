@@ -429,7 +429,8 @@ def _(answer, original):
         gate_up, down = module.gate_up_proj, module.down_proj
         if gate_up.bias is not None:  # no model of the course
             return original(module, hidden)
-        return answer(hidden, unpack(gate_up.weight), unpack(down.weight), down.bias, down.group)
+        weights = (unpack(layer.weight, hidden.dtype) for layer in (gate_up, down))
+        return answer(hidden, *weights, down.bias, down.group)
 
     return forward
 
@@ -439,7 +440,7 @@ def _(answer, llm):
     """The real first layer's MLP, cut for two and for three ranks."""
     model = llm.llm_engine.core.executor.runner.model
     layer = model.model.layers[0].mlp
-    gate_up, down = unpack(layer.gate_up_proj.weight), unpack(layer.down_proj.weight)
+    gate_up, down = (unpack(linear.weight, model.dtype) for linear in (layer.gate_up_proj, layer.down_proj))
     gate, up = gate_up.chunk(2)
     x = torch.randn(5, 576, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

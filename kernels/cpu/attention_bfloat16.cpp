@@ -26,7 +26,7 @@ using course_cpu::BFloat16Piece;
 constexpr int kLanes = 16;     // sums in a vector
 constexpr int kInVector = 32;  // bfloat16 numbers in a vector
 
-#ifdef HAS_BFLOAT16_INTRINSICS
+#ifdef HAS_AVX512
 
 // Row of a cache, seen as [rows, D], in which the first KV head's part of a position lies.
 int64_t row_of(const BFloat16Piece& piece, int64_t position) {
@@ -230,7 +230,7 @@ bool attends_bfloat16(int64_t head_size) {
 
 void attend_bfloat16([[maybe_unused]] int64_t head_size, [[maybe_unused]] const BFloat16Piece& piece,
                      [[maybe_unused]] float* acc, [[maybe_unused]] float* best, [[maybe_unused]] float* total) {
-#ifdef HAS_BFLOAT16_INTRINSICS
+#ifdef HAS_AVX512
   switch (head_size / kInVector) {
     case 1: return attend<1>(piece, acc, best, total);
     case 2: return attend<2>(piece, acc, best, total);

@@ -7,8 +7,8 @@
   there is `sliding_window`;
 * few_rows_linear: x is float32, the weight float32 or finite float16; how many rows are few, `layers/cpu_matmul.py`
   says;
-* pack_weight, packed_linear, unpack_weight: bfloat16 with an even number of inputs; packed_linear only where the
-  processor MULTIPLIES_BFLOAT16, x contiguous.
+* pack_weight, unpack_weight: bfloat16 with an even number of inputs, or float16; packed_linear: x bfloat16 where the
+  processor PACKS_BFLOAT16, or float32 with a weight that was float16 where it PACKS_FLOAT32.
 
 Arguments that are not so raise ValueError. They are compiled once per machine (`kernels.cpu.build`); importing this
 module loads what was compiled, and fails with the remedy if nothing was. They are what remains when torch's own
@@ -31,7 +31,8 @@ _compiled = torch.ops.course_cpu
 
 DTYPES = (torch.float32, torch.bfloat16)
 HEAD_SIZES = tuple(_compiled.head_sizes())
-MULTIPLIES_BFLOAT16 = _compiled.multiplies_bfloat16()
+PACKS_BFLOAT16 = _compiled.multiplies_bfloat16()
+PACKS_FLOAT32 = _compiled.multiplies_float32()
 
 few_rows_linear = _compiled.few_rows_linear.default
 pack_weight = _compiled.pack_weight.default

@@ -121,33 +121,54 @@ def test_a_few_rows_times_a_matrix(rows: int, inputs: int, outputs: int) -> None
     near(ops.few_rows_linear(x, half) / inputs**0.5, reference.few_rows_linear(x.double(), half.double()) / inputs**0.5)
 
 
-needs_products = pytest.mark.skipif(
-    ops is None or not ops.MULTIPLIES_BFLOAT16, reason="no products of bfloat16 on this processor"
-)
+def packs(number: torch.dtype) -> bool:
+    return ops is not None and (ops.PACKS_BFLOAT16 if number == torch.bfloat16 else ops.PACKS_FLOAT32)
 
 
-@needs_products
+def packed_weight(number: torch.dtype, outputs: int, inputs: int) -> torch.Tensor:
+    """Of the dtype that is packed for rows of dtype `number`."""
+    if not packs(number):
+        pytest.skip(f"no packed product of {number} on this processor")
+    return (torch.randn(outputs, inputs) / inputs**0.5).to(torch.float16 if number == torch.float32 else number)
+
+
+@each_number
 @pytest.mark.parametrize("rows", [0, 1, 2, 7, 8, 9, 17, 25, 130])
 @pytest.mark.parametrize(("inputs", "outputs"), [(576, 1536), (6, 5), (2, 1), (34, 48), (64, 49), (10, 95)])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_rows_times_a_packed_weight(rows: int, inputs: int, outputs: int, with_bias: bool) -> None:
-    x, weight = torch.randn(rows, inputs).bfloat16(), (torch.randn(outputs, inputs) / inputs**0.5).bfloat16()
-    bias = torch.randn(outputs).bfloat16() if with_bias else None
+def test_rows_times_a_packed_weight(
+    number: torch.dtype, rows: int, inputs: int, outputs: int, with_bias: bool
+) -> None:
+    weight, x = packed_weight(number, outputs, inputs), torch.randn(rows, inputs).to(number)
+    bias = torch.randn(outputs).to(number) if with_bias else None
     packed = ops.pack_weight(weight)
-    assert packed.shape == weight.shape and torch.equal(ops.unpack_weight(packed), weight)
+    assert packed.shape == weight.shape and torch.equal(ops.unpack_weight(packed, weight.dtype), weight)
     exact = x.double() @ weight.double().T + (bias.double() if with_bias else 0)
     near(ops.packed_linear(x, packed, bias), exact)
 
 
-@needs_products
-def test_what_is_not_finite_stays_in_its_row_and_output() -> None:
-    x, weight = torch.randn(9, 10).bfloat16(), torch.randn(50, 10).bfloat16()
+@each_number
+def test_what_is_not_finite_stays_in_its_row_and_output(number: torch.dtype) -> None:
+    weight, x = packed_weight(number, 50, 10), torch.randn(9, 10).to(number)
     clean = ops.packed_linear(x, ops.pack_weight(weight))
     x[3, 9], weight[49, 0] = float("nan"), float("inf")
     found = ops.packed_linear(x, ops.pack_weight(weight))
     assert found[3].isnan().all() and not found[:, 49].isfinite().any()
     rest = [row for row in range(9) if row != 3]
     assert torch.equal(found[rest, :49], clean[rest, :49])
+
+
+def test_packed_float32_is_as_exact_as_any() -> None:
+    weight, x = packed_weight(torch.float32, 200, 1536), torch.randn(20, 1536)
+    exact = x.double() @ weight.double().T
+    plain = torch.nn.functional.linear(x, weight.float()).double()
+    error = (ops.packed_linear(x, ops.pack_weight(weight)).double() - exact).square().mean()
+    assert error < 1.5 * (plain - exact).square().mean()
+
+
+def test_an_odd_number_of_inputs_is_for_float32() -> None:
+    weight, x = packed_weight(torch.float32, 50, 7), torch.randn(9, 7)
+    near(ops.packed_linear(x, ops.pack_weight(weight)), x.double() @ weight.double().T)
 
 
 @needs_kernels
@@ -159,8 +180,10 @@ def test_the_number_of_threads_changes_nothing() -> None:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             found.append((ops.rms_norm(x, weight, 1e-5), ops.few_rows_linear(x[:1], x), ops.few_rows_linear(x[:9], x)))
-            if ops.MULTIPLIES_BFLOAT16:
+            if packs(torch.bfloat16):
                 found[-1] += (ops.packed_linear(x.bfloat16(), ops.pack_weight(x.bfloat16())),)
+            if packs(torch.float32):
+                found[-1] += (ops.packed_linear(x, ops.pack_weight(x.half())),)
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(*pair) for other in found[1:] for pair in zip(found[0], other, strict=True))
@@ -188,10 +211,12 @@ def test_bad_arguments_are_named() -> None:
         r"weight: wanted .* not Float \[3, 8\]": lambda: ops.pack_weight(torch.randn(3, 8)),
         r"weight: .* even .* \[3, 7\]": lambda: ops.pack_weight(torch.randn(3, 7).bfloat16()),
         r"weight: wanted what pack_weight returned": lambda: ops.packed_linear(x.bfloat16(), torch.randn(3, 8)),
-        r"x: wanted contiguous CPU rows of 8 bfloat16, not Float": lambda: ops.packed_linear(x, packed),
-        r"x: .* 8 bfloat16, not BFloat16 \[2, 4\]": lambda: ops.packed_linear(x[:, :4].bfloat16(), packed),
+        r"dtype: wanted bfloat16 or float16, not Float": lambda: ops.unpack_weight(packed, torch.float32),
+        r"x: .* not Half": lambda: ops.packed_linear(x.half(), packed),
+        r"x: .* the last 8, .* not BFloat16 \[2, 4\]": lambda: ops.packed_linear(x[:, :4].bfloat16(), packed),
         r"x: .* not BFloat16 \[8\]": lambda: ops.packed_linear(weight.bfloat16(), packed),
-        r"bias: wanted 3": lambda: ops.packed_linear(x.bfloat16(), packed, weight.bfloat16()),
+        r"bias: .* the last 3": lambda: ops.packed_linear(x.bfloat16(), packed, weight.bfloat16()),
+        r"bias is Float and x BFloat16": lambda: ops.packed_linear(x.bfloat16(), packed, torch.randn(3)),
     }  # fmt: skip
     for message, call in wrong.items():
         with pytest.raises(ValueError, match=message):

@@ -16,6 +16,7 @@ import torch
 from course_lib.attention.backend import make_backend
 from course_lib.attention.metadata import AttentionMetadata
 from course_lib.layers.cpu_matmul import can_pack
+from course_lib.layers.fused import packing_kernels
 from course_lib.models.causal_lm import CausalLM, IntermediateTensors
 from kernels.cpu import compiled_kernels
 
@@ -105,12 +106,18 @@ def paged_run() -> type[PagedRun]:
 @pytest.fixture(params=["own product", "oneDNN"])
 def packed_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each of the two libraries that may multiply packed bfloat16, if this processor can."""
-    ops = compiled_kernels()
     if request.param == "own product":
-        if ops is None or not ops.MULTIPLIES_BFLOAT16:
-            pytest.skip("no product of our own for this processor")
-    elif ops is not None:
-        monkeypatch.setattr(ops, "MULTIPLIES_BFLOAT16", False)
+        if packing_kernels(torch.bfloat16) is None:
+            pytest.skip("no packed product of our own for bfloat16 on this processor")
+    elif compiled_kernels() is not None:
+        monkeypatch.setattr(compiled_kernels(), "PACKS_BFLOAT16", False)
     if not can_pack(torch.bfloat16, torch.device("cpu")):
         pytest.skip("oneDNN packs nothing on this processor")
     return request.param
+
+
+@pytest.fixture
+def unpacked_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor without our packed product of float32."""
+    if compiled_kernels() is not None:
+        monkeypatch.setattr(compiled_kernels(), "PACKS_FLOAT32", False)

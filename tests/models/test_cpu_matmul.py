@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from course_lib.layers.cpu_matmul import is_packed, linear, pack, unpack
+from course_lib.layers.fused import packing_kernels
 from course_lib.models.loader import load_model, read_tensors
 
 CPU = torch.device("cpu")
@@ -31,7 +32,7 @@ def test_packed_products_equal_plain_ones(packed_by: str, rows: int) -> None:
     weight, bias, x = (torch.randn(*shape).bfloat16() for shape in ((50, 36), (50,), (rows, 36)))
     expected = (x.double() @ weight.double().T + bias.double()).bfloat16()
     torch.testing.assert_close(linear(x, pack(weight), bias), expected, atol=2e-2, rtol=2e-2)
-    assert torch.equal(unpack(pack(weight)), weight) and torch.equal(unpack(weight), weight)
+    assert torch.equal(unpack(pack(weight), weight.dtype), weight) and unpack(weight, weight.dtype) is weight
     assert pack(weight).is_mkldnn == (packed_by == "oneDNN")
     odd = weight[:, :35].contiguous()  # has no pairs
     assert pack(odd).is_mkldnn
@@ -56,11 +57,32 @@ def test_a_packed_model_holds_the_same_weights_and_takes_new_ones(
         assert torch.equal(parameter, plain[name] * 2), name
 
 
-def test_float32_stays_plain_because_it_must_be_exact(checkpoint: tuple[Path, LlamaConfig]) -> None:
+needs_packed_float32 = pytest.mark.skipif(
+    packing_kernels(torch.float32) is None, reason="no packed product of float32 on this processor"
+)
+
+
+@needs_packed_float32
+def test_float32_is_packed_where_it_is_float16_and_exact(checkpoint: tuple[Path, LlamaConfig]) -> None:
     path, config = checkpoint
+    stored = LlamaForCausalLM.from_pretrained(path).half().float()
+    odd = stored.model.layers[0].mlp.down_proj.weight
+    odd.data[0, 0] = 1 / 3
+    stored.save_pretrained(path)
     model = load_model(path, config, torch.float32, CPU)
+    plain = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    hidden = torch.randn(5, 48)
+    logits, mlp = model.compute_logits(hidden), model.model.layers[0].mlp
+    inner = mlp(hidden)
     model.pack_weights()
-    assert not is_packed(model.model.layers[0].mlp.down_proj.weight)
+    assert is_packed(mlp.gate_up_proj.weight) and not is_packed(mlp.down_proj.weight) and model.dtype == torch.float32
+    torch.testing.assert_close(model.compute_logits(hidden), logits, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(mlp(hidden), inner, atol=1e-6, rtol=1e-5)
+    model.load_weights((name, tensor[()] * 2) for name, tensor in read_tensors(path / "model.safetensors"))
+    assert is_packed(mlp.gate_up_proj.weight)
+    torch.testing.assert_close(model.compute_logits(hidden), 2 * logits, atol=1e-6, rtol=1e-5)
+    model.unpack_weights()
+    assert all(torch.equal(parameter, plain[name] * 2) for name, parameter in model.named_parameters())
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 64, 128, 129])

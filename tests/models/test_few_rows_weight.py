@@ -13,6 +13,7 @@ from course_lib.layers.few_rows_weight import (
     FourBitWeight,
     HalfWeight,
     StoredHalfWeight,
+    as_stored_half,
     four_bit_form,
     half_form,
     stored_half_form,
@@ -101,7 +102,7 @@ needs_kernels = pytest.mark.skipif(compiled_kernels() is None, reason="the CPU k
 
 @needs_kernels
 @pytest.mark.parametrize("rows", [1, 3, 8])
-def test_float16_values_in_float32_are_multiplied_as_such(rows: int) -> None:
+def test_float16_values_in_float32_are_multiplied_as_such(unpacked_float32: None, rows: int) -> None:
     weight, x = torch.randn(50, 36).half().float(), torch.randn(rows, 36)
     weight[0, :4] = torch.tensor([0, 2.0**-24, -(2.0**-15), 65504])  # zero, the smallest, one without exponent, the largest
     form = stored_half_form(weight)
@@ -115,11 +116,12 @@ def test_float16_values_in_float32_are_multiplied_as_such(rows: int) -> None:
 def test_one_value_that_is_no_float16_is_enough_to_refuse(value: float) -> None:
     weight = torch.zeros(300, 1000)
     weight[290, 7] = value
-    assert stored_half_form(weight) is None and stored_half_form(torch.zeros(3, 4).bfloat16()) is None
+    assert as_stored_half(weight) is None and as_stored_half(weight[:290]) is not None
+    assert stored_half_form(torch.zeros(3, 4).bfloat16()) is None
 
 
 @needs_kernels
-def test_a_float32_model_has_the_form_and_makes_it_again_for_new_weights(tmp_path: Path) -> None:
+def test_a_float32_model_has_the_form_and_makes_it_again_for_new_weights(unpacked_float32: None, tmp_path: Path) -> None:
     source = tiny_llama().half().float()
     odd = source.model.layers[0].mlp.down_proj.weight
     odd.data[0, 0] = 1 / 3

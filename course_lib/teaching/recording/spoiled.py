@@ -34,14 +34,14 @@ def spoiled(model: CausalLM, suspect: str) -> Iterator[None]:
         if suspect == "B":  # the sum behind an attention is forgotten
             sum_of_attention.group = SoloGroup()
         elif suspect == "C":  # gate and up are cut as one matrix: some ranks have gate rows only, some up rows only
-            gate_up.weight, gate_up.few_rows = _cut_as_one(gate_up, layers[20].mlp.down_proj.group), None
+            gate_up.weight, gate_up.few_rows = _cut_as_one(gate_up, model.dtype, layers[20].mlp.down_proj.group), None
         yield
     finally:
         sum_of_attention.group, gate_up.weight, gate_up.few_rows = group, weight, few_rows
 
 
-def _cut_as_one(gate_up: GateUpLinear, group: Group) -> nn.Parameter:
-    gate, up = (group.all_gather(half.contiguous()) for half in unpack(gate_up.weight).chunk(2))
+def _cut_as_one(gate_up: GateUpLinear, dtype: torch.dtype, group: Group) -> nn.Parameter:
+    gate, up = (group.all_gather(half.contiguous()) for half in unpack(gate_up.weight, dtype).chunk(2))
     rows = torch.cat([gate, up]).chunk(group.size)[group.rank]
     return nn.Parameter(rows.clone(), requires_grad=False)
 
