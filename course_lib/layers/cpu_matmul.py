@@ -2,8 +2,8 @@
 
 Given a plain matrix, a product must gather tiles of it on every call; given a weight packed once, at load time, it
 streams. Where the processor has vectors of sixteen floats (AVX-512), there is a layout and a product of our own
-(`kernels/cpu`): for bfloat16 if it also multiplies pairs of them (AVX512-BF16), and for float32 weights that are float16
-numbers, as models are stored, which are packed as such. All products of the course model with two such cores, in ms:
+(`kernels/cpu`): for bfloat16 if it also multiplies pairs of them (AVX512-BF16), and for float32 weights that are
+float16 numbers, as models are stored, which are packed as such. All products of the course model, two cores, in ms:
 
     rows                              1      8     16     32     64    512
     bfloat16, ours                  8.4    8.3   11.9   21.9     41    325
@@ -16,13 +16,12 @@ it has no packed form for a dtype (float16 without AVX512-FP16, other processors
 weight is an opaque tensor of the same shape, which replaces the plain one. Products of a few rows may have a form of
 their own beside it (`few_rows_weight`).
 
-Other float32 weights stay plain. Up to 64 rows go to a kernel of our own, which reads weights as fast as memory gives
-them: 20 ms for 1 row, 34 for 8 and 45 for 16 where MKL, at its best way round, took 68 for 8 and 75 for 16. Where it is
-not compiled, and for more rows, MKL serves, whose product of a few rows with a large matrix is slow: two rows took six
-to eight times as long as with the factors exchanged, sixty-four rows 1.3 to 1.5 times. So there y = x W^T is computed as
-y^T = W x^T, and one row as two equal ones. oneDNN does not pack float32 here: it adds up long rows in fewer partial sums
-than MKL. Logits of the course model then differ from transformers' by up to 2.3e-4 instead of 7e-5, and float32 is here
-to be exact.
+Other float32 weights stay plain. Up to 64 rows go to a kernel of our own that reads each weight once; MKL, at its
+best way round, took 68 ms for 8 rows and 75 for 16. Where it is not compiled, and for more rows, MKL serves, whose
+product of a few rows with a large matrix is slow: two rows took six to eight times as long as with the factors
+exchanged, sixty-four rows 1.3 to 1.5 times. So there y = x W^T is computed as y^T = W x^T, and one row as two equal
+ones. oneDNN does not pack float32 here: it adds up long rows in fewer partial sums than MKL. Logits of the course model
+then differ from transformers' by up to 2.3e-4 instead of 7e-5, and float32 is here to be exact.
 
 vLLM: `vllm/model_executor/layers/utils.py` (`dispatch_cpu_unquantized_gemm`) has kernels of its own for this.
 """

@@ -2,9 +2,9 @@
 
 float32 is what weights of a CPU's model are computed with, seldom what they are stored in. Where every value is a
 float16, as in the course model's file, few rows are multiplied with a float16 copy, which is half as long to read and
-gives the same result. Measured with two AVX-512 cores, all products of the course model's layers: 6.9 instead
-of 13.0 ms for 1 row, 8.3 instead of 14.9 for 4, 14.9 instead of 19.3 for 8; at 12 rows both compute equally long. Where
-such weights are packed as float16 (`cpu_matmul`), that form serves any number of rows.
+gives the same result. Measured with two AVX-512 cores, all products of the course model's layers: 6.9 instead of 13.0
+ms for 1 row, 8.3 instead of 14.9 for 4, 14.9 instead of 19.3 for 8; at 12 rows both compute equally long. Where such
+weights are packed as float16 (`cpu_matmul`), that serves any number of rows, and there is no second form.
 
 bfloat16: the course model ships in 4 bits (GGUF's Q4_1: groups of 32 values on a grid of 16 points, `minimum + step *
 q`), and bfloat16 reads four times the bytes that carry its information. So where a weight lies on such a grid, that is
@@ -80,7 +80,7 @@ def few_rows_form(weight: torch.Tensor) -> FewRowsWeight | None:
 
 
 def stored_half_form(weight: torch.Tensor) -> StoredHalfWeight | None:
-    """weight float32 [out, in] on a CPU -> its float16 form; None if that is not exact, or needless, or has no kernel."""
+    """weight float32 [out, in] on a CPU -> its float16 form; None if that is inexact, needless, or has no kernel."""
     if weight.dtype != torch.float32 or compiled_kernels() is None or packing_kernels(torch.float32) is not None:
         return None
     matrix = as_stored_half(weight)

@@ -1,10 +1,13 @@
 // Attention over a piece of a request's cache, bfloat16, on processors that multiply pairs of bfloat16.
 //
 // Three passes over a piece, which is short enough that its scores stay in the cache: all scores, all exponentials, all
-// weighted values. A product of pairs (VDPBF16PS) adds two products to each of sixteen float32 sums. For scores the pairs
-// are neighbouring dimensions, as they lie in memory, and the sixteen sums are added up at the end, for sixteen positions
-// at once. For values the pairs are neighbouring positions, two rows of the cache interleaved; weights are rounded to
-// bfloat16 before they are used and added up, so that they still sum to one.
+// weighted values. A product of pairs (VDPBF16PS) adds two products to each of sixteen float32 sums. For scores the
+// pairs are neighbouring dimensions, as they lie in memory, and the sixteen sums are added up at the end, for sixteen
+// positions at once. For values the pairs are neighbouring positions, two rows of the cache interleaved; weights are
+// rounded to bfloat16 before they are used and added up, so that they still sum to one.
+//
+// Memory is asked for a chunk ahead, into the second cache: the first has few places for lines that are on their way
+// (here 23 against 15 GB/s with two cores).
 //
 // vLLM: csrc/cpu/cpu_attn_*.hpp.
 

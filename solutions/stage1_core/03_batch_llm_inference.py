@@ -74,9 +74,10 @@ print(f"about {fixed:.0f} ms, and {per_token:.1f} ms more for each request")
 print(f"the two are equal at {fixed / per_token:.0f} requests")
 
 # %% [markdown]
-# A step pays once for bringing 540 MB of weights to the cores (half of it for up to eight rows: the engine keeps a float16
-# copy for them), and then a little for each row that is multiplied with them. Where the two are equal a step costs
-# double; twice as many requests then take half as long again, and only far beyond that nearly twice as long.
+# A step pays once for bringing the weights to the cores (270 MB: computed with in float32, they are read as the float16
+# numbers of the model's file if the processor has AVX-512), and then a little for each row that is multiplied with them.
+# Where the two are equal a step costs double; twice as many requests then take half as long again, and only far beyond
+# that nearly twice as long.
 # On an H100 in bfloat16 the same two numbers (989 TFLOP/s and 3.35 TB/s, two operations and two bytes a weight) are equal
 # at about 300 rows: a chip that decodes for one user spends its time waiting for weights.
 #
