@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from course_lib.layers.activation import silu_and_mul
-from course_lib.layers.cpu_matmul import linear, pack, unpack
+from course_lib.layers.cpu_matmul import is_packed, linear, pack, unpack
 from course_lib.layers.few_rows_weight import FewRowsWeight, four_bit_form
 from course_lib.layers.fused import gpu_kernels
 from course_lib.layers.linear import frozen
@@ -103,11 +103,12 @@ class Experts(FusedModule):
     def pack(self) -> None:
         """As `CausalLM.pack_weights`, which calls it."""
         if self.share.experts:
-            self.packed = [
+            packed = [
                 (PackedMatrix.of(gate_up), PackedMatrix.of(down))
                 for gate_up, down in zip(self.gate_up, self.down, strict=True)
             ]
-            self.gate_up = self.down = None
+            if any(is_packed(matrix.weight) for pair in packed for matrix in pair):
+                self.packed, self.gate_up, self.down = packed, None, None
 
     def unpack(self, dtype: torch.dtype) -> None:
         """Undo `pack`."""

@@ -64,7 +64,7 @@ whose_tokens = Question(
             "all three take about the same",
             "A step multiplies 32 rows with the weights. Whose they are matters in attention, which is small here, "
             "and in the last matrix, a fifth of this model's weights: it makes 32 rows of logits for 32 requests "
-            "and one for a prompt, which is why the prompt takes a little less.",
+            "and one for a prompt, which is why the prompt takes less.",
             right=True,
         ),
     ],

@@ -89,6 +89,15 @@ def test_experts_are_packed_with_the_rest_and_unpacked_for_new_weights(saved, pa
     assert all(torch.equal(tensor, plain[name]) for name, tensor in model.state_dict().items())
 
 
+def test_experts_that_cannot_be_packed_stay_parameters(saved):
+    _, folder, config = saved("mixtral-one-layer")
+    model = load_model(folder, config, torch.float32, "cpu")  # random numbers: none is a float16
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    model.pack_weights()
+    [experts] = model._experts()
+    assert experts.gate_up is not None and sum(parameter.numel() for parameter in model.parameters()) == weights
+
+
 def test_experts_that_do_not_fit_the_configuration_are_named(saved):
     config = saved("mixtral")[2]
     fewer = copy.deepcopy(config)
