@@ -150,8 +150,11 @@ class CausalLM(nn.Module):
         stored copy of the tied head. CorruptModelError for an unknown, repeated or misshapen tensor;
         UnsupportedModelError for one that is not float.
         """
-        was_packed = self.few_rows_head is not None or any(
-            is_packed(module.weight) or module.few_rows is not None for module in self._linears()
+        was_packed = (
+            self.packed_head is not None
+            or self.few_rows_head is not None
+            or any(is_packed(module.weight) or module.few_rows is not None for module in self._linears())
+            or any(experts.packed for experts in self._experts())
         )
         if was_packed:
             self.unpack_weights()

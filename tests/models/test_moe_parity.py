@@ -96,6 +96,12 @@ def test_experts_that_cannot_be_packed_stay_parameters(saved):
     model.pack_weights()
     [experts] = model._experts()
     assert experts.gate_up is not None and sum(parameter.numel() for parameter in model.parameters()) == weights
+    name = "model.layers.0.block_sparse_moe.experts.2.w2.weight"
+    model.load_weights([(name, torch.ones(96, 112))])  # which are, and so packed alone where float32 is
+    model.pack_weights()
+    model.load_weights([(name, torch.full((96, 112), 2.0))])
+    model.unpack_weights()
+    assert experts.down[2].eq(2).all()
 
 
 def test_experts_that_do_not_fit_the_configuration_are_named(saved):
