@@ -56,7 +56,7 @@ class Linear(nn.Module):
         return self.product(x, self.bias)
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None, *, either_layout: bool = False) -> torch.Tensor:
-        """`x W^T + bias` by the fastest kernel for x [T, in] -> [T, out], a new tensor; `either_layout` as in `linear`."""
+        """`x W^T + bias` by the fastest kernel, x [T, in] -> [T, out], a new tensor; `either_layout` as in `linear`."""
         kernels = linear_kernels(x, self.weight) if bias is None else None
         if kernels is not None:
             return kernels.few_rows_linear(x, self.weight)
