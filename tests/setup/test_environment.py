@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import venv
 from pathlib import Path
@@ -67,7 +68,11 @@ def test_starting_again_and_again_is_noticed(finished, started, monkeypatch):
 def test_changed_requirements_or_kernels_make_it_stale(finished, tmp_path, monkeypatch, name):
     assert environment.is_current(finished)
     changed = tmp_path / "changed"
-    changed.write_text(getattr(places, name).read_text() + "another==1\n")
+    if name == "CPU_KERNELS":
+        shutil.copytree(places.CPU_KERNELS, changed)
+        (changed / "another.h").write_text("#pragma once\n")
+    else:
+        changed.write_text(getattr(places, name).read_text() + "another==1\n")
     monkeypatch.setattr(environment, name, changed)
     assert not environment.is_current(finished)
 
